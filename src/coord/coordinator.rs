@@ -1,0 +1,5 @@
+//! (being built)
+
+/// The coordinator.
+#[derive(Debug)]
+pub struct Coordinator;

@@ -1,0 +1,86 @@
+//! What goes into and comes out of the coordinator.
+
+use std::net::IpAddr;
+
+use crate::time::UnixSeconds;
+use crate::trust::record::SignedRecord;
+use crate::wire::control::{ToCoordinator, ToNode};
+use crate::wire::keys::{ControlKey, WgKey};
+
+/// One control connection, numbered by the shell and never reused in one run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ConnId(pub u64);
+
+/// Something happened.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// A control connection passed its Noise handshake.
+    Opened {
+        /// Which.
+        conn: ConnId,
+        /// The peer's static key, from the handshake and nowhere else.
+        key: ControlKey,
+        /// Where it comes from (for rate limits and `observed`).
+        from: Option<IpAddr>,
+    },
+    /// A message came.
+    Message {
+        /// On which connection.
+        conn: ConnId,
+        /// What.
+        message: ToCoordinator,
+        /// The wall clock, for expiry.
+        wall: UnixSeconds,
+    },
+    /// The connection is gone.
+    Closed(ConnId),
+    /// An `Output::Persist` was carried out (or failed: then nothing of it was stored).
+    Persisted {
+        /// The output's ticket.
+        ticket: u64,
+        /// Stored for good.
+        ok: bool,
+    },
+}
+
+/// What the coordinator wants done.
+#[derive(Debug, Clone)]
+pub enum Output {
+    /// Send a message on a connection.
+    Send {
+        /// Which.
+        conn: ConnId,
+        /// What.
+        message: ToNode,
+    },
+    /// Close a connection, after what was queued to it. `forget`: also its relay connection (the node was revoked).
+    Close {
+        /// Which.
+        conn: ConnId,
+        /// Why, for the log.
+        why: &'static str,
+    },
+    /// Store these records in one transaction, durably, then say `Input::Persisted`. Answers wait for it.
+    Persist {
+        /// Names this output.
+        ticket: u64,
+        /// Appended to the log in this order.
+        records: Vec<SignedRecord>,
+        /// The claim is spent by this write.
+        claim_spent: bool,
+    },
+    /// Who may use the relay changed: the member with this control key has this WireGuard key.
+    RelayAdmit {
+        /// Noise key.
+        control: ControlKey,
+        /// Relay address.
+        wg: WgKey,
+    },
+    /// The node was revoked: close its relay connection and refuse new ones.
+    RelayExpel {
+        /// Noise key.
+        control: ControlKey,
+        /// Relay address.
+        wg: WgKey,
+    },
+}

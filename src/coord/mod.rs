@@ -1,0 +1,11 @@
+//! THE COORDINATOR, PURE. Decides who may do what; the shell in `server/` stores and sends.
+//!
+//! The contract is that of every pure machine here: `handle` something, then drain `poll_output` to `None`, then re-read
+//! `poll_timeout`.
+
+pub mod coordinator;
+pub mod io;
+pub mod limits;
+pub mod relay_hub;
+
+pub use coordinator::Coordinator;

@@ -1,0 +1,121 @@
+//! Every reason a packet or message is dropped. There is no unnamed drop.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+macro_rules! drops {
+    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal),+ $(,)?) => {
+        /// Why something was dropped.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub enum Drop {
+            $($(#[doc = $doc])+ $variant),+
+        }
+
+        impl Drop {
+            /// All reasons, in the order of their counters.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// The stable name that `meshd status --drops` and tests use.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name),+ }
+            }
+
+            /// One sentence for people.
+            #[must_use]
+            pub fn text(self) -> &'static str {
+                match self { $(Self::$variant => concat!($($doc),+).trim_ascii()),+ }
+            }
+        }
+    };
+}
+
+drops! {
+    /// Outbound: not an IPv4 or IPv6 packet, or its lengths contradict each other.
+    BadIp = "bad-ip",
+    /// Outbound: no peer owns the destination address.
+    NoRoute = "no-route",
+    /// Outbound: more packets waited for a session than the queue holds; the oldest was dropped.
+    StagedOverflow = "staged-overflow",
+    /// Outbound: the peer did not answer any handshake while the packet waited.
+    HandshakeTimeout = "handshake-timeout",
+    /// Outbound: the peer was removed from the network while the packet waited.
+    PeerGone = "peer-gone",
+    /// Outbound: the packet is larger than the tunnel carries.
+    TooBig = "too-big",
+    /// Outbound: there is no path to the peer, not even a relay.
+    NoPath = "no-path",
+    /// Outbound: the queue to the relay is full; newest dropped.
+    RelayBusy = "relay-busy",
+    /// Outbound: the socket refused the datagram.
+    SendFailed = "send-failed",
+    /// Inbound: the first bytes are those of no protocol that meshd speaks.
+    Junk = "junk",
+    /// Inbound: the queue of handshakes and probes to the planner is full; newest dropped.
+    SlowQueueFull = "slow-queue-full",
+    /// Inbound: a handshake without a valid MAC, or over the rate limit and answered with a cookie.
+    HandshakeGate = "handshake-gate",
+    /// Inbound: a handshake from a key that is not a member of the network.
+    UnknownPeer = "unknown-peer",
+    /// Inbound: a valid handshake header that boringtun refused (replayed, or for an old key).
+    BadHandshake = "bad-handshake",
+    /// Inbound: data for a session this node does not have.
+    UnknownIndex = "unknown-index",
+    /// Inbound: data that does not open under the session's key.
+    BadTag = "bad-tag",
+    /// Inbound: data with a counter already seen, or too old to tell.
+    Replayed = "replayed",
+    /// Inbound: the sealed content is no IP packet.
+    BadInner = "bad-inner",
+    /// Inbound: the inner source address does not belong to the peer that sent it.
+    SpoofedSource = "spoofed-source",
+    /// Inbound: the inner destination is not this node.
+    NotForUs = "not-for-us",
+    /// Inbound: a STUN message that is neither an expected answer nor a path probe.
+    UnexpectedStun = "unexpected-stun",
+    /// Inbound: a path probe that names no peer this node talks to.
+    UnknownProbe = "unknown-probe",
+    /// Inbound: a path probe whose integrity check fails.
+    BadProbe = "bad-probe",
+    /// Inbound: more path probes from one peer than are answered.
+    ProbeLimit = "probe-limit",
+    /// Inbound: a sealed peer message that does not open, is old, or is malformed.
+    BadSealed = "bad-sealed",
+    /// Inbound: the TUN device refused the packet.
+    TunRefused = "tun-refused",
+    /// Inbound: the queue from the relay is full; newest dropped.
+    RelayInboundFull = "relay-inbound-full",
+    /// Control: a message that this version cannot read.
+    UnreadableControl = "unreadable-control",
+    /// Control: a record that the chain of trust does not support.
+    RefusedRecord = "refused-record",
+}
+
+/// One counter a reason. Shared between threads; counting costs one relaxed addition.
+#[derive(Debug)]
+pub struct Drops {
+    counts: [AtomicU64; Drop::ALL.len()],
+}
+
+impl Default for Drops {
+    fn default() -> Self {
+        Self { counts: std::array::from_fn(|_| AtomicU64::new(0)) }
+    }
+}
+
+impl Drops {
+    /// Counts one drop.
+    pub fn count(&self, why: Drop) {
+        self.add(why, 1);
+    }
+
+    /// Counts `n` drops.
+    pub fn add(&self, why: Drop, n: u64) {
+        self.counts[why as usize].fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// How often this happened.
+    #[must_use]
+    pub fn get(&self, why: Drop) -> u64 {
+        self.counts[why as usize].load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,259 @@
+//! What goes into and comes out of the three machines of a node.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use parking_lot::Mutex;
+
+use crate::engine::session::tunnel::Tunnel;
+use crate::engine::traffic::Traffic;
+use crate::trust::record::SignedRecord;
+use crate::wire::control::{ToCoordinator, ToNode};
+use crate::wire::keys::WgKey;
+use crate::wire::local::{Netcheck, Pong, Problem};
+
+/// A peer, as a small number the planner gives out and never reuses in one run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PeerId(pub u32);
+
+/// One of the node's UDP sockets. The first is the IPv4 one, the second the IPv6 one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SocketId(pub u8);
+
+impl SocketId {
+    /// The IPv4 socket.
+    pub const V4: Self = Self(0);
+    /// The IPv6 socket.
+    pub const V6: Self = Self(1);
+
+    /// The socket that reaches `remote`.
+    #[must_use]
+    pub const fn for_remote(remote: &SocketAddr) -> Self {
+        match remote {
+            SocketAddr::V4(_) => Self::V4,
+            SocketAddr::V6(_) => Self::V6,
+        }
+    }
+}
+
+/// How a datagram came or is to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Via {
+    /// By UDP.
+    Udp {
+        /// Which of our sockets.
+        socket: SocketId,
+        /// The other end.
+        remote: SocketAddr,
+    },
+    /// Through the relay. Inbound, `peer` is the sender as authenticated by the relay; outbound, the receiver.
+    Relay {
+        /// The other end.
+        peer: WgKey,
+    },
+}
+
+/// Where a peer's packets go now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Path {
+    /// Nowhere: no relay link and no proven address.
+    None,
+    /// Through the relay.
+    Relay,
+    /// By UDP to a proven address.
+    Direct {
+        /// Which of our sockets.
+        socket: SocketId,
+        /// The peer's address.
+        remote: SocketAddr,
+    },
+    /// Both ways at once, while a direct path is in doubt.
+    Both {
+        /// Which of our sockets.
+        socket: SocketId,
+        /// The peer's address.
+        remote: SocketAddr,
+    },
+}
+
+/// Planner → data workers. A worker drains these after each receive and before it processes the batch.
+#[derive(Debug, Clone)]
+pub enum Update {
+    /// A peer exists and owns these prefixes.
+    Peer {
+        /// Who.
+        peer: PeerId,
+        /// Its key, the address of relay frames.
+        key: WgKey,
+        /// Prefixes it owns, host bits zero. Replaces the earlier set.
+        owns: Vec<IpNet>,
+        /// Its counters.
+        traffic: Arc<Traffic>,
+    },
+    /// The peer is out: forget everything about it.
+    Gone(PeerId),
+    /// The peer has a tunnel object (a session may or may not be up in it).
+    Tunnel {
+        /// Who.
+        peer: PeerId,
+        /// Shared by both machines and the planner; locked once per batch, never across a system call.
+        tunnel: Arc<Mutex<Tunnel>>,
+        /// The 24-bit index in the receiver field of its messages (bits 8 to 31).
+        index: u32,
+    },
+    /// Where its packets go.
+    Path {
+        /// Who.
+        peer: PeerId,
+        /// Where.
+        path: Path,
+    },
+    /// A session may now be used for sending: flush what was staged.
+    Established(PeerId),
+    /// No handshake succeeded: drop what was staged.
+    GiveUp(PeerId),
+}
+
+/// Data workers → planner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// A packet is staged for a peer without a session.
+    NeedSession(PeerId),
+    /// Data was sent to or came from a peer whose `watched` mark was off (see [`Traffic`]).
+    Active(PeerId),
+    /// A datagram for the planner: handshake, probe, STUN answer, sealed message.
+    Slow {
+        /// How it came.
+        via: Via,
+        /// The datagram.
+        bytes: Vec<u8>,
+    },
+    /// Authenticated data came from a UDP address that is not the peer's current one.
+    Roamed {
+        /// Who.
+        peer: PeerId,
+        /// From where.
+        via: Via,
+    },
+    /// Data for an unknown session came through the relay from this peer: it holds a session we lost.
+    UnknownIndex(WgKey),
+}
+
+/// A local interface address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LocalAddress {
+    /// The address.
+    pub ip: IpAddr,
+    /// Its on-link prefix length.
+    pub prefix_len: u8,
+}
+
+/// Something happened: what the planner is told.
+#[derive(Debug, Clone)]
+pub enum Input {
+    /// From a data worker.
+    Notice(Notice),
+    /// From the coordinator.
+    Control(ToNode),
+    /// The control link is up (authenticated, nothing sent yet).
+    ControlUp,
+    /// The control link is down; the shell reconnects by itself.
+    ControlDown {
+        /// Why, for people.
+        problem: Option<Problem>,
+    },
+    /// The relay link is up.
+    RelayUp,
+    /// The relay link is down; the shell reconnects by itself.
+    RelayDown,
+    /// The relay has no connection of this peer.
+    RelayGone(WgKey),
+    /// The machine's addresses, without loopback and without the mesh's own. Sent at start and on every change.
+    Addresses(Vec<LocalAddress>),
+    /// The STUN servers' addresses, resolved, in order of preference. Sent when known and on change.
+    StunServers(Vec<SocketAddr>),
+    /// Result of a full NAT check, run by the shell on a socket of its own.
+    NetReport(Box<Netcheck>),
+    /// The link that carries datagrams refused one for good (address family missing, interface gone).
+    SendFailed(Via),
+    /// From the local API.
+    Command(Command),
+}
+
+/// What the local API asks of the planner.
+#[derive(Debug, Clone)]
+pub enum Command {
+    /// Send one ping to a peer; answered by `Event::Pong` with the same `token`.
+    Ping {
+        /// Chosen by the caller.
+        token: u64,
+        /// Counts from 1.
+        seq: u32,
+        /// Whom.
+        peer: PeerId,
+        /// Milliseconds until it counts as lost.
+        timeout_ms: u64,
+    },
+    /// Send records to the coordinator; answered by `Event::Published` with the same `token`.
+    Publish {
+        /// Chosen by the caller.
+        token: u64,
+        /// Signed by this node's admin identity.
+        records: Vec<SignedRecord>,
+    },
+}
+
+/// What the planner wants done.
+#[derive(Debug, Clone)]
+pub enum Output {
+    /// Send a datagram.
+    Send {
+        /// How.
+        via: Via,
+        /// What.
+        bytes: Vec<u8>,
+    },
+    /// Tell every data worker. Queued before any datagram that lets the peer act on it.
+    Update(Update),
+    /// Send to the coordinator (only while the control link is up).
+    Control(ToCoordinator),
+    /// Append these accepted records to the node's own store, in order.
+    Persist(Vec<SignedRecord>),
+    /// The coordinator's STUN offer: resolve and answer with `Input::StunServers`.
+    ResolveStun(Vec<crate::wire::control::StunServer>),
+    /// Something a watcher may want to know.
+    Event(Event),
+}
+
+/// For the local API, logs and hooks.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A ping was answered or lost.
+    Pong {
+        /// Of the command.
+        token: u64,
+        /// The document.
+        pong: Pong,
+    },
+    /// A publication was stored, or refused.
+    Published {
+        /// Of the command.
+        token: u64,
+        /// Empty: stored.
+        problem: Option<Problem>,
+    },
+    /// The coordinator answered `Hello` and the log is complete: the node is fully up.
+    Synced,
+    /// A peer's path changed.
+    PathChanged {
+        /// Who.
+        peer: PeerId,
+        /// Its key.
+        key: WgKey,
+        /// Where its packets go now.
+        path: Path,
+    },
+    /// This node was revoked: it must stop.
+    Expelled,
+}

@@ -1,0 +1,17 @@
+//! ONE NODE, PURE. No socket, clock, task, file or OS randomness.
+//!
+//! A node is three machines: [`planner::Planner`] decides, [`outbound::Outbound`] and [`inbound::Inbound`] carry packets.
+//! They talk only by [`io::Update`] and [`io::Notice`].
+
+pub mod drops;
+pub mod inbound;
+pub mod io;
+pub mod netcheck;
+pub mod outbound;
+pub mod packet;
+pub mod path;
+pub mod peer;
+pub mod planner;
+pub mod routes;
+pub mod session;
+pub mod traffic;

@@ -1,0 +1,56 @@
+//! Where the packet machines write: sinks that hand out room, so that sealing and opening go straight into the buffer
+//! that will be sent.
+
+use std::net::SocketAddr;
+
+use crate::engine::io::{Notice, SocketId, Via};
+use crate::wire::keys::WgKey;
+
+/// Bytes a data message adds to its inner packet: type, receiver, counter (16) and tag (16). WireGuard paper, 5.4.6.
+pub const DATA_OVERHEAD: usize = 32;
+/// boringtun wants at least this much room, whatever it writes: the size of a handshake initiation.
+pub const MIN_ROOM: usize = 148;
+
+/// Where one sealed datagram goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Destination {
+    /// By UDP.
+    Udp {
+        /// Which of our sockets.
+        socket: SocketId,
+        /// The peer's address.
+        remote: SocketAddr,
+    },
+    /// Through the relay.
+    Relay {
+        /// The peer.
+        peer: WgKey,
+    },
+}
+
+/// Outbound's view of the shell.
+pub trait OutboundSink {
+    /// Room for one datagram of at most `max` bytes to `to`; exactly `max` bytes long. None: that queue is full, and the
+    /// packet is dropped by name.
+    fn room(&mut self, to: &Destination, max: usize) -> Option<&mut [u8]>;
+    /// The datagram in the room handed out last is `len` bytes long (at its beginning). Without a commit it is discarded.
+    fn commit(&mut self, len: usize);
+    /// A packet for our own kernel (an ICMP error).
+    fn to_tun(&mut self, packet: &[u8]);
+    /// Tell the planner.
+    fn notice(&mut self, notice: Notice);
+}
+
+/// Inbound's view of the shell.
+pub trait InboundSink {
+    /// Room for one inner packet of at most `max` bytes; exactly `max` bytes long.
+    fn tun_room(&mut self, max: usize) -> &mut [u8];
+    /// The packet in the room handed out last is the first `len` bytes of it. Without a commit it is discarded.
+    fn tun_commit(&mut self, len: usize);
+    /// Answer a datagram at once (a cookie reply, a data message flushed by a handshake).
+    fn reply(&mut self, via: &Via, bytes: &[u8]);
+    /// Tell the planner.
+    fn notice(&mut self, notice: Notice);
+    /// A session of this peer may now be used for sending; the worker calls `Outbound::flush` after the batch.
+    fn established(&mut self, peer: crate::engine::io::PeerId);
+}

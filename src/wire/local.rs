@@ -1,0 +1,358 @@
+//! Messages between the command line and the daemon, and the `--json` documents people's scripts read.
+//!
+//! One connection carries one call. The client writes one line of JSON, a [`Request`]; the daemon writes [`Response`]
+//! lines, the last of which is `done` or `error`. A line is at most [`MAX_LINE`] bytes. Fields may be added to the
+//! documents, never renamed or removed: they are schema 1.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
+/// The longest line either side reads, in bytes.
+pub const MAX_LINE: usize = 64 << 20;
+/// The longest request line, in bytes.
+pub const MAX_REQUEST: usize = 64 << 10;
+
+/// One call.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Request {
+    /// [`crate::wire::version::LOCAL`] of the caller.
+    pub v: u16,
+    /// What is asked.
+    #[serde(flatten)]
+    pub call: Call,
+}
+
+/// What can be asked of a running daemon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "call", rename_all = "kebab-case")]
+pub enum Call {
+    /// Answered by one `status`.
+    Status,
+    /// Answered by `done` once the interface is gone and the daemon is about to exit.
+    Down,
+    /// Answered by one `pong` a ping, then `done`.
+    Ping {
+        /// Name, mesh IP, or id prefix.
+        peer: String,
+        /// How many; at least 1.
+        count: u32,
+        /// Milliseconds to wait for each answer.
+        timeout_ms: u64,
+        /// Milliseconds between pings.
+        interval_ms: u64,
+        /// Go on (up to `timeout_ms` in all) until the path is direct.
+        until_direct: bool,
+    },
+    /// Answered by one `netcheck`.
+    Netcheck,
+    /// Answered by one `token`. Only on an admin node.
+    Invite {
+        /// The name the node must take.
+        name: Option<String>,
+        /// How many nodes may use it.
+        uses: u32,
+        /// Seconds until it expires.
+        expires_s: u64,
+        /// The joining node becomes an admin.
+        admin: bool,
+        /// Prefixes the node may announce.
+        routes: Vec<IpNet>,
+    },
+    /// Answered by one `removed`. Only on an admin node.
+    Remove {
+        /// Name, mesh IP, or id prefix.
+        peer: String,
+    },
+    /// Answered by one `drops`.
+    Drops,
+}
+
+/// One line of an answer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Response {
+    /// The status document.
+    Status(Box<Status>),
+    /// One answered or lost ping.
+    Pong(Pong),
+    /// The netcheck document.
+    Netcheck(Box<Netcheck>),
+    /// A new invite.
+    Token(TokenReply),
+    /// A node was revoked.
+    Removed(Removed),
+    /// Drop counters.
+    Drops(Vec<DropCount>),
+    /// The call is complete.
+    Done,
+    /// The call failed; nothing changed.
+    Error(Problem),
+}
+
+/// What went wrong, for a person: one sentence, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Problem {
+    /// A stable word.
+    pub code: String,
+    /// What and why.
+    pub text: String,
+    /// What to do; may be empty.
+    #[serde(default)]
+    pub hint: String,
+}
+
+/// `meshd status --json`, schema 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// 1.
+    pub schema: u16,
+    /// `running`, `starting` or `stopping`.
+    pub state: String,
+    /// The network.
+    pub network: StatusNetwork,
+    /// This node.
+    #[serde(rename = "self")]
+    pub me: StatusSelf,
+    /// The coordinator.
+    pub coordinator: StatusCoordinator,
+    /// What is known of the NAT in front of this node.
+    pub nat: StatusNat,
+    /// The other members, by name.
+    pub peers: Vec<StatusPeer>,
+    /// Unhealthy conditions; empty when all is well.
+    pub health: Vec<Health>,
+}
+
+/// The network a node is in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusNetwork {
+    /// A DNS label.
+    pub name: String,
+    /// The root public key.
+    pub id: String,
+}
+
+/// This node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatusSelf {
+    /// A DNS label.
+    pub name: String,
+    /// The short id.
+    pub id: String,
+    /// Mesh addresses, IPv4 first.
+    pub addresses: Vec<IpAddr>,
+    /// Prefixes this node announces.
+    pub routes: Vec<IpNet>,
+    /// Program version.
+    pub version: String,
+    /// May invite, approve and revoke.
+    pub admin: bool,
+    /// The interface's name.
+    pub interface: String,
+    /// The UDP port.
+    pub port: u16,
+}
+
+/// The connection to the coordinator.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StatusCoordinator {
+    /// As in the token.
+    pub url: String,
+    /// The control link is up.
+    pub connected: bool,
+    /// Seconds since anything came from it; null: never in this run.
+    pub last_heard_s: Option<f64>,
+    /// The relay link is up.
+    pub relay_connected: bool,
+}
+
+/// What is known of the NAT.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct StatusNat {
+    /// UDP reaches the STUN servers and comes back; null: not known yet.
+    pub udp: Option<bool>,
+    /// RFC 4787 section 4.1 name, or null.
+    pub mapping: Option<String>,
+    /// RFC 4787 section 5 name, or null.
+    pub filtering: Option<String>,
+    /// The node's addresses as STUN servers see them.
+    pub reflexive: Vec<SocketAddr>,
+    /// Port mapping protocol in use, or null.
+    pub port_mapping: Option<String>,
+}
+
+/// One peer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StatusPeer {
+    /// A DNS label.
+    pub name: String,
+    /// The short id.
+    pub id: String,
+    /// Mesh addresses, IPv4 first.
+    pub addresses: Vec<IpAddr>,
+    /// Prefixes behind it.
+    pub routes: Vec<IpNet>,
+    /// Connected to the coordinator, or heard from directly in the last seconds.
+    pub online: bool,
+    /// How packets reach it now.
+    pub path: StatusPath,
+    /// Inner bytes received.
+    pub rx_bytes: u64,
+    /// Inner bytes sent.
+    pub tx_bytes: u64,
+    /// Seconds since the last completed handshake.
+    pub last_handshake_s: Option<u64>,
+}
+
+/// How packets reach a peer now.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StatusPath {
+    /// `direct`, `relay`, or `none`.
+    pub kind: PathKind,
+    /// Direct: the peer's UDP address. Relay: the coordinator's URL.
+    pub endpoint: Option<String>,
+    /// Last measured round trip.
+    pub rtt_ms: Option<f64>,
+    /// Seconds since this path was chosen.
+    pub since_s: Option<u64>,
+    /// Relay: why not direct, in words.
+    #[serde(default)]
+    pub reason: Option<String>,
+}
+
+/// The kinds of path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PathKind {
+    /// UDP to the peer's own address.
+    Direct,
+    /// Through a relay.
+    Relay,
+    /// Nothing sent lately.
+    None,
+}
+
+/// An unhealthy condition.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// A stable word.
+    pub code: String,
+    /// How bad.
+    pub severity: Severity,
+    /// What is wrong.
+    pub text: String,
+    /// What to try.
+    pub hint: String,
+    /// Seconds since it began.
+    pub since_s: u64,
+}
+
+/// How bad a condition is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Severity {
+    /// Worth knowing.
+    Info,
+    /// Something works worse than it could.
+    Warning,
+    /// Something does not work, or somebody misbehaves.
+    Error,
+}
+
+/// One ping.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Pong {
+    /// 1.
+    pub schema: u16,
+    /// Counts from 1.
+    pub seq: u32,
+    /// The peer's name.
+    pub peer: String,
+    /// The peer's mesh IPv4 address.
+    pub address: IpAddr,
+    /// An answer came.
+    pub answered: bool,
+    /// The path it took.
+    pub path: PathKind,
+    /// Direct: the peer's UDP address. Relay: `coordinator`.
+    pub endpoint: Option<String>,
+    /// Round trip in milliseconds.
+    pub rtt_ms: Option<f64>,
+}
+
+/// `meshd netcheck --json`, schema 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Netcheck {
+    /// 1.
+    pub schema: u16,
+    /// UDP reaches a STUN server and comes back.
+    pub udp: bool,
+    /// Addresses as STUN servers see them.
+    pub reflexive: Vec<SocketAddr>,
+    /// RFC 4787 section 4.1: `endpoint-independent`, `address-dependent`, `address-and-port-dependent`, or null.
+    pub mapping: Option<String>,
+    /// RFC 4787 section 5, same words, or null.
+    pub filtering: Option<String>,
+    /// Port mapping protocol found, or null.
+    pub port_mapping: Option<String>,
+    /// IPv6 reaches a STUN server and comes back.
+    pub ipv6: bool,
+    /// Each STUN server asked.
+    pub servers: Vec<NetcheckServer>,
+    /// Round trip of the control link; null: not connected.
+    pub coordinator_rtt_ms: Option<f64>,
+    /// Round trip of the relay link; null: not connected.
+    pub relay_rtt_ms: Option<f64>,
+    /// One sentence on what that means.
+    pub meaning: String,
+}
+
+/// One STUN server's answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NetcheckServer {
+    /// Where.
+    pub server: SocketAddr,
+    /// Null: no answer.
+    pub rtt_ms: Option<f64>,
+    /// What it saw.
+    pub reflexive: Option<SocketAddr>,
+}
+
+/// A new invite.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenReply {
+    /// 1.
+    pub schema: u16,
+    /// The token, one line.
+    pub token: String,
+    /// The invite's public key.
+    pub invite: String,
+    /// How many nodes may use it.
+    pub uses: u32,
+    /// Unix seconds.
+    pub expires: u64,
+}
+
+/// A node was revoked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removed {
+    /// 1.
+    pub schema: u16,
+    /// Its name.
+    pub name: String,
+    /// Its short id.
+    pub id: String,
+}
+
+/// One drop counter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DropCount {
+    /// The reason's stable name.
+    pub reason: String,
+    /// Packets.
+    pub packets: u64,
+    /// What it means.
+    pub text: String,
+}

@@ -1,0 +1,12 @@
+//! BYTES ↔ TYPES. No state. Decoding never panics, whatever arrives.
+
+pub mod classify;
+pub mod control;
+pub mod ip;
+pub mod keys;
+pub mod local;
+pub mod probe;
+pub mod relay;
+pub mod stun;
+pub mod version;
+pub mod wireguard;
