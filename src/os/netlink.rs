@@ -1,0 +1,276 @@
+//! Interface addresses, routes and their changes, by rtnetlink. The only file that knows the rtnetlink crate.
+
+use std::io;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use futures_util::{StreamExt, TryStreamExt};
+use ipnet::IpNet;
+use nix::errno::Errno;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
+use rtnetlink::{Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder};
+
+use crate::engine::io::LocalAddress;
+
+/// Changes closer together than this are reported once.
+const DEBOUNCE: Duration = Duration::from_millis(300);
+/// The kernel's table of its own addresses; those are listed as addresses, not as routes.
+const TABLE_LOCAL: u32 = 255;
+
+/// A connection to the kernel's routing system. Lives on the tokio runtime it was made in.
+#[derive(Debug, Clone)]
+pub struct Netlink {
+    handle: Handle,
+}
+
+/// An address with the interface it is on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct InterfaceAddress {
+    /// The interface's number.
+    pub index: u32,
+    /// The address.
+    pub address: LocalAddress,
+}
+
+/// A unicast route.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// The interface it leads to, if a single one.
+    pub index: Option<u32>,
+    /// Where to.
+    pub prefix: IpNet,
+}
+
+/// Why the IPv6 address could not be set although IPv4 works.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NoIpv6(pub String);
+
+impl Netlink {
+    /// Connects.
+    ///
+    /// # Errors
+    /// The kernel refused a netlink socket.
+    pub fn connect() -> io::Result<Self> {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        tokio::spawn(connection);
+        Ok(Self { handle })
+    }
+
+    /// All addresses of all interfaces, loopback and link-local ones included.
+    ///
+    /// # Errors
+    /// The kernel's answer could not be read.
+    pub async fn addresses(&self) -> io::Result<Vec<InterfaceAddress>> {
+        let mut found = Vec::new();
+        let mut stream = std::pin::pin!(self.handle.address().get().execute());
+        while let Some(message) = stream.try_next().await.map_err(other)? {
+            // On a point-to-point interface `Local` is ours and `Address` is the other end's.
+            let mut ip = None;
+            for attribute in &message.attributes {
+                match attribute {
+                    AddressAttribute::Local(local) => ip = Some(*local),
+                    AddressAttribute::Address(address) if ip.is_none() => ip = Some(*address),
+                    _ => {}
+                }
+            }
+            if let Some(ip) = ip {
+                let address = LocalAddress { ip, prefix_len: message.header.prefix_len };
+                found.push(InterfaceAddress { index: message.header.index, address });
+            }
+        }
+        Ok(found)
+    }
+
+    /// The unicast routes of every table, without the default routes and the kernel's table of local addresses.
+    ///
+    /// # Errors
+    /// The kernel's answer could not be read.
+    pub async fn routes(&self) -> io::Result<Vec<Route>> {
+        let mut found = Vec::new();
+        for request in [
+            RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+        ] {
+            let mut stream = std::pin::pin!(self.handle.route().get(request).execute());
+            while let Some(message) = stream.try_next().await.map_err(other)? {
+                found.extend(route(&message));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Gives the interface its addresses (with the networks' prefix lengths, so that the kernel makes the on-link routes
+    /// itself) and its MTU, and brings it up. What was set before stays.
+    ///
+    /// # Errors
+    /// The IPv4 part failed. A failure of IPv6 alone is the returned note.
+    pub async fn bring_up(&self, index: u32, addresses: &[IpNet], mtu: u32) -> io::Result<Option<NoIpv6>> {
+        let up = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
+        self.handle.link().set(up).execute().await.map_err(named)?;
+        let mut note = None;
+        for net in addresses {
+            let added = self.handle.address().add(index, net.addr(), net.prefix_len()).replace().execute().await;
+            match (added.map_err(named), net) {
+                (Ok(()), _) => {}
+                (Err(e), IpNet::V6(_)) => note = Some(NoIpv6(e.to_string())),
+                (Err(e), IpNet::V4(_)) => return Err(e),
+            }
+        }
+        Ok(note)
+    }
+
+    /// Names of interfaces by number, for messages.
+    ///
+    /// # Errors
+    /// The kernel's answer could not be read.
+    pub async fn interface_name(&self, index: u32) -> io::Result<Option<String>> {
+        let mut stream = std::pin::pin!(self.handle.link().get().match_index(index).execute());
+        let Some(message) = stream.try_next().await.map_err(other)? else { return Ok(None) };
+        Ok(message.attributes.iter().find_map(|a| match a {
+            LinkAttribute::IfName(name) => Some(name.clone()),
+            _ => None,
+        }))
+    }
+}
+
+/// Reports that links, addresses or routes changed, at most once every 300 ms and always after the last change.
+#[derive(Debug)]
+pub struct Changes {
+    changed: tokio::sync::mpsc::Receiver<()>,
+}
+
+impl Changes {
+    /// Subscribes. Do so before the first look, so that no change falls between.
+    ///
+    /// # Errors
+    /// The kernel refused a netlink socket.
+    pub fn watch() -> io::Result<Self> {
+        use MulticastGroup::{Ipv4Ifaddr, Ipv4Route, Ipv6Ifaddr, Ipv6Route, Link};
+        let groups = [Link, Ipv4Ifaddr, Ipv6Ifaddr, Ipv4Route, Ipv6Route];
+        let (connection, _handle, mut messages) = rtnetlink::new_multicast_connection(&groups)?;
+        let (tell, changed) = tokio::sync::mpsc::channel(1);
+        tokio::spawn(connection);
+        tokio::spawn(async move {
+            while messages.next().await.is_some() {
+                // Swallow what follows within the debounce time, then tell once. A full channel holds the news already.
+                let quiet = tokio::time::sleep(DEBOUNCE);
+                tokio::pin!(quiet);
+                loop {
+                    tokio::select! {
+                        () = &mut quiet => break,
+                        more = messages.next() => if more.is_none() { break },
+                    }
+                }
+                if let Err(tokio::sync::mpsc::error::TrySendError::Closed(())) = tell.try_send(()) {
+                    break;
+                }
+            }
+        });
+        Ok(Self { changed })
+    }
+
+    /// Waits for the next change.
+    pub async fn next(&mut self) {
+        if self.changed.recv().await.is_none() {
+            // The watch died (the kernel closed the socket): say nothing rather than spin.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// The addresses another node may try: without loopback, multicast and link-local ones, without those of the interface
+/// `not_on` (our own TUN device), sorted, each once.
+#[must_use]
+pub fn candidates(all: &[InterfaceAddress], not_on: u32) -> Vec<LocalAddress> {
+    let usable = |ip: &IpAddr| match ip {
+        IpAddr::V4(a) => !(a.is_loopback() || a.is_unspecified() || a.is_link_local() || a.is_multicast()),
+        IpAddr::V6(a) => !(a.is_loopback() || a.is_unspecified() || a.is_unicast_link_local() || a.is_multicast()),
+    };
+    let mut list: Vec<_> =
+        all.iter().filter(|a| a.index != not_on && usable(&a.address.ip)).map(|a| a.address).collect();
+    list.sort_unstable();
+    list.dedup();
+    list
+}
+
+fn route(message: &RouteMessage) -> Option<Route> {
+    let header: &RouteHeader = &message.header;
+    let table = message.attributes.iter().find_map(|a| match a {
+        RouteAttribute::Table(table) => Some(*table),
+        _ => None,
+    });
+    if header.kind != RouteType::Unicast || table.unwrap_or_else(|| u32::from(header.table)) == TABLE_LOCAL {
+        return None;
+    }
+    let mut index = None;
+    let mut destination = None;
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Oif(oif) => index = Some(*oif),
+            RouteAttribute::Destination(RouteAddress::Inet(a)) => destination = Some(IpAddr::V4(*a)),
+            RouteAttribute::Destination(RouteAddress::Inet6(a)) => destination = Some(IpAddr::V6(*a)),
+            _ => {}
+        }
+    }
+    debug_assert!(matches!(header.address_family, AddressFamily::Inet | AddressFamily::Inet6));
+    // No destination is the default route.
+    let prefix = IpNet::new(destination?, header.destination_prefix_length).ok()?;
+    Some(Route { index, prefix })
+}
+
+fn other(e: rtnetlink::Error) -> io::Error {
+    io::Error::other(e)
+}
+
+/// The error as the kernel numbered it.
+fn named(e: rtnetlink::Error) -> io::Error {
+    match e {
+        rtnetlink::Error::NetlinkError(message) => message.code.map_or_else(
+            || io::Error::other("netlink"),
+            |code| io::Error::from(Errno::from_raw(code.get().saturating_abs())),
+        ),
+        e => other(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn on(index: u32, ip: &str, prefix_len: u8) -> InterfaceAddress {
+        InterfaceAddress { index, address: LocalAddress { ip: ip.parse().unwrap(), prefix_len } }
+    }
+
+    #[test]
+    fn candidates_leave_out_what_nobody_else_can_reach() {
+        let all = [
+            on(1, "127.0.0.1", 8),
+            on(1, "::1", 128),
+            on(2, "fe80::1", 64),
+            on(2, "2001:db8::5", 64),
+            on(2, "192.168.1.7", 24),
+            on(3, "169.254.3.3", 16),
+            on(9, "100.71.0.1", 16),
+            on(2, "192.168.1.7", 24),
+        ];
+        let got: Vec<_> = candidates(&all, 9).iter().map(|a| a.ip.to_string()).collect();
+        assert_eq!(got, ["192.168.1.7", "2001:db8::5"]);
+    }
+
+    #[tokio::test]
+    async fn the_loopback_address_is_listed_and_is_not_a_route() {
+        let netlink = Netlink::connect().unwrap();
+        let addresses = netlink.addresses().await.unwrap();
+        let Some(loopback) = addresses.iter().find(|a| a.address.ip.to_string() == "127.0.0.1") else {
+            eprintln!("SKIPPED: loopback has no address here");
+            return;
+        };
+        assert_eq!(loopback.address.prefix_len, 8);
+        assert_eq!(netlink.interface_name(loopback.index).await.unwrap().as_deref(), Some("lo"));
+        let routes = netlink.routes().await.unwrap();
+        assert!(routes.iter().all(|r| r.prefix.prefix_len() > 0 && !r.prefix.addr().is_loopback()), "{routes:?}");
+    }
+}
