@@ -1,16 +1,29 @@
-//! The rules that judge records: one growing set of accepted records and what follows from it.
+//! The rules that judge records: one growing list of accepted records and what follows from it.
+//!
+//! Every fact the ledger derives is stamped with the position of the record that made it. So a refused record leaves no
+//! trace, and [`Ledger::truncate`] can take back the newest records exactly.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
 use crate::time::UnixSeconds;
-use crate::trust::record::{Genesis, Invite, Member, RecordError, SignedRecord};
-use crate::wire::keys::{Digest32, IdentityKey, InviteKey, NetworkId, WgKey};
+use crate::trust::addresses::TakenAddresses;
+use crate::trust::names::{dns_label, numbered};
+use crate::trust::record::{
+    Admin, Genesis, Invite, Member, Record, RecordError, Revoke, RevokeTarget, RouteGrant, SignedRecord, member_ipv6,
+};
+use crate::wire::control::log_head;
+use crate::wire::keys::{ControlKey, Digest32, IdentityKey, InviteKey, NetworkId, WgKey};
+
+/// The record format this program reads and writes.
+pub const RECORD_VERSION: u16 = 1;
 
 /// Why a record is refused. Each is a sentence about the record.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// Cannot be read or verified at all.
+    /// Cannot be read or verified at all, or is of another record version.
     #[error(transparent)]
     Record(#[from] RecordError),
     /// About another network.
@@ -28,7 +41,7 @@ pub enum Refusal {
     /// A Member whose invite is unknown.
     #[error("no accepted invite admits this member")]
     NoInvite,
-    /// A Member whose invite was revoked, or its issuer was.
+    /// A Member whose invite was revoked, or whose invite's issuer was.
     #[error("the invite was revoked")]
     InviteRevoked,
     /// The invite has admitted its number of members.
@@ -37,11 +50,12 @@ pub enum Refusal {
     /// A Member created after the invite's expiry.
     #[error("the invite had expired")]
     InviteExpired,
-    /// The member does not carry what the invite demands (name), or an address outside the range, or the wrong IPv6.
-    #[error("the member record contradicts its invite or the network's ranges: {0}")]
+    /// The content breaks a rule: ranges that are none, a member without the name its invite demands or with an address
+    /// outside the range, a route inside the mesh's own range.
+    #[error("the record contradicts itself, its invite or the network's ranges: {0}")]
     Contradiction(&'static str),
-    /// The identity, WireGuard key or control key belongs to a member already.
-    #[error("a member has this key already")]
+    /// The identity, WireGuard key or control key belongs to a member, or did; or the invite's key to another invite.
+    #[error("the key was used in this network before")]
     KeyTaken,
     /// A live member has the address.
     #[error("address {0} belongs to another member")]
@@ -79,35 +93,62 @@ pub enum Change {
 }
 
 /// Accepted records of one network, in the order accepted. Refused records leave no trace.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ledger {
-    pub(crate) network: NetworkId,
-    pub(crate) genesis: Option<Genesis>,
-    pub(crate) log: Vec<SignedRecord>,
-    pub(crate) known: BTreeSet<Digest32>,
-    pub(crate) admins: BTreeSet<IdentityKey>,
-    pub(crate) invites: BTreeMap<InviteKey, OpenInvite>,
-    pub(crate) members: BTreeMap<IdentityKey, Member>,
-    pub(crate) by_wg: BTreeMap<WgKey, IdentityKey>,
-    pub(crate) by_control: BTreeMap<[u8; 32], IdentityKey>,
-    pub(crate) by_ipv4: BTreeMap<Ipv4Addr, IdentityKey>,
-    pub(crate) by_name: BTreeMap<String, IdentityKey>,
-    pub(crate) revoked: BTreeSet<IdentityKey>,
+    network: NetworkId,
+    genesis: Option<Genesis>,
+    log: Vec<SignedRecord>,
+    /// The running digest after each record of `log`.
+    heads: Vec<Digest32>,
+    known: BTreeMap<Digest32, usize>,
+    /// Everyone ever named an admin, with the first record that did. Live unless revoked.
+    admins: BTreeMap<IdentityKey, usize>,
+    invites: BTreeMap<InviteKey, OpenInvite>,
+    /// Everyone ever admitted. Live unless revoked.
+    nodes: BTreeMap<IdentityKey, Node>,
+    revoked: BTreeMap<IdentityKey, usize>,
+    grants: BTreeMap<IdentityKey, BTreeMap<IpNet, usize>>,
+    /// Keys ever used: they never change hands.
+    wg: BTreeMap<WgKey, IdentityKey>,
+    control: BTreeMap<ControlKey, IdentityKey>,
+    /// Of live members only.
+    names: BTreeMap<String, IdentityKey>,
+    ipv4: BTreeMap<Ipv4Addr, IdentityKey>,
+    taken: TakenAddresses,
+    live: usize,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Node {
+    member: Member,
+    at: usize,
 }
 
 /// An invite and how far it is used.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenInvite {
     /// The record.
     pub invite: Invite,
-    /// The record as signed, for handing on.
-    pub signed: SignedRecord,
-    /// Who signed it.
+    /// Who signed it: the root key or an admin's identity.
     pub issuer: Digest32,
     /// Members admitted so far, revoked ones included.
     pub used: u32,
-    /// Closed by a Revoke.
-    pub revoked: bool,
+    at: usize,
+    closed_at: Option<usize>,
+}
+
+impl OpenInvite {
+    /// Closed by a Revoke of the invite, or of its issuer while uses were left.
+    #[must_use]
+    pub const fn revoked(&self) -> bool {
+        self.closed_at.is_some()
+    }
+
+    /// No use is left.
+    #[must_use]
+    pub const fn used_up(&self) -> bool {
+        self.used >= self.invite.uses
+    }
 }
 
 /// The clock to judge expiry by.
@@ -117,4 +158,577 @@ pub enum Judge {
     Reader,
     /// The coordinator at redemption: additionally its own wall clock must not be after the expiry.
     Coordinator(UnixSeconds),
+}
+
+impl Ledger {
+    /// An empty ledger that will accept only what leads back to `network`.
+    #[must_use]
+    pub fn new(network: NetworkId) -> Self {
+        Self {
+            network,
+            genesis: None,
+            log: Vec::new(),
+            heads: Vec::new(),
+            known: BTreeMap::new(),
+            admins: BTreeMap::new(),
+            invites: BTreeMap::new(),
+            nodes: BTreeMap::new(),
+            revoked: BTreeMap::new(),
+            grants: BTreeMap::new(),
+            wg: BTreeMap::new(),
+            control: BTreeMap::new(),
+            names: BTreeMap::new(),
+            ipv4: BTreeMap::new(),
+            taken: TakenAddresses::default(),
+            live: 0,
+        }
+    }
+
+    /// Judges a record and, if nothing speaks against it, adds it. All or nothing.
+    ///
+    /// # Errors
+    /// Why it is refused; the ledger is then unchanged. A record accepted before is [`Change::Known`], also when its
+    /// signature is another (valid) one; the first stays in the log.
+    pub fn admit(&mut self, signed: &SignedRecord, judge: Judge) -> Result<Change, Refusal> {
+        let id = signed.id();
+        let known = self.known.get(&id).and_then(|at| self.log.get(*at));
+        if known == Some(signed) {
+            return Ok(Change::Known);
+        }
+        let record = signed.open()?;
+        if known.is_some() {
+            return Ok(Change::Known);
+        }
+        self.judge(signed.signer, &record, judge)?;
+        Ok(self.apply(id, signed.clone(), record))
+    }
+
+    /// Admits several records, each valid after the ones before it; all or none.
+    ///
+    /// # Errors
+    /// The position of the first refused record and why; the ledger is then unchanged.
+    pub fn admit_all(&mut self, records: &[SignedRecord], judge: Judge) -> Result<Vec<Change>, (usize, Refusal)> {
+        let before = self.log.len();
+        let mut changes = Vec::with_capacity(records.len());
+        for (i, record) in records.iter().enumerate() {
+            match self.admit(record, judge) {
+                Ok(change) => changes.push(change),
+                Err(refusal) => {
+                    self.truncate(before);
+                    return Err((i, refusal));
+                }
+            }
+        }
+        Ok(changes)
+    }
+
+    /// Takes back all records after the first `len`, and all that followed from them. For the coordinator, whose store may
+    /// fail; a node never takes anything back.
+    pub fn truncate(&mut self, len: usize) {
+        while self.log.len() > len {
+            self.heads.pop();
+            let Some(signed) = self.log.pop() else { return };
+            self.known.remove(&signed.id());
+            // It was read when it was accepted.
+            if let Ok(record) = serde_json::from_str(&signed.payload) {
+                self.take_back(&record, self.log.len());
+            }
+        }
+    }
+
+    // What there is.
+
+    /// The network this ledger is about.
+    #[must_use]
+    pub const fn network(&self) -> NetworkId {
+        self.network
+    }
+
+    /// The network's facts, once its founding record was accepted.
+    #[must_use]
+    pub const fn genesis(&self) -> Option<&Genesis> {
+        self.genesis.as_ref()
+    }
+
+    /// The accepted records, in order.
+    #[must_use]
+    pub fn log(&self) -> &[SignedRecord] {
+        &self.log
+    }
+
+    /// The running digest over the whole log, see [`log_head`].
+    #[must_use]
+    pub fn head(&self) -> Digest32 {
+        self.heads.last().copied().unwrap_or_default()
+    }
+
+    /// The running digest over the first `len` records; `None` if there are fewer.
+    #[must_use]
+    pub fn head_after(&self, len: usize) -> Option<Digest32> {
+        len.checked_sub(1).map_or(Some(Digest32::default()), |last| self.heads.get(last).copied())
+    }
+
+    /// Whether the record with this id was accepted.
+    #[must_use]
+    pub fn contains(&self, id: &Digest32) -> bool {
+        self.known.contains_key(id)
+    }
+
+    /// Where in the log the record with this id stands.
+    #[must_use]
+    pub fn position(&self, id: &Digest32) -> Option<usize> {
+        self.known.get(id).copied()
+    }
+
+    /// The live members, in the order of their identities.
+    pub fn members(&self) -> impl Iterator<Item = &Member> {
+        self.nodes.values().map(|node| &node.member).filter(|m| !self.is_revoked(&m.identity))
+    }
+
+    /// How many live members there are.
+    #[must_use]
+    pub const fn live_members(&self) -> usize {
+        self.live
+    }
+
+    /// The live member with this identity.
+    #[must_use]
+    pub fn member(&self, identity: &IdentityKey) -> Option<&Member> {
+        self.nodes.get(identity).map(|node| &node.member).filter(|_| !self.is_revoked(identity))
+    }
+
+    /// The member with this identity, also if it was revoked since.
+    #[must_use]
+    pub fn member_ever(&self, identity: &IdentityKey) -> Option<&Member> {
+        self.nodes.get(identity).map(|node| &node.member)
+    }
+
+    /// The position in the log of the Member record of this identity, revoked or not.
+    #[must_use]
+    pub fn member_position(&self, identity: &IdentityKey) -> Option<usize> {
+        self.nodes.get(identity).map(|node| node.at)
+    }
+
+    /// The live member with this WireGuard key.
+    #[must_use]
+    pub fn by_wg(&self, key: &WgKey) -> Option<&Member> {
+        self.member(self.wg.get(key)?)
+    }
+
+    /// The live member with this control key.
+    #[must_use]
+    pub fn by_control(&self, key: &ControlKey) -> Option<&Member> {
+        self.member(self.control.get(key)?)
+    }
+
+    /// The member with this control key, also if it was revoked since.
+    #[must_use]
+    pub fn by_control_ever(&self, key: &ControlKey) -> Option<&Member> {
+        self.member_ever(self.control.get(key)?)
+    }
+
+    /// The live member with this name.
+    #[must_use]
+    pub fn by_name(&self, name: &str) -> Option<&Member> {
+        self.member(self.names.get(name)?)
+    }
+
+    /// The live member with this address.
+    #[must_use]
+    pub fn by_ipv4(&self, address: Ipv4Addr) -> Option<&Member> {
+        self.member(self.ipv4.get(&address)?)
+    }
+
+    /// Whether this identity may sign for the network now.
+    #[must_use]
+    pub fn is_admin(&self, identity: &IdentityKey) -> bool {
+        self.admins.contains_key(identity) && !self.is_revoked(identity)
+    }
+
+    /// Whether this identity is out for good.
+    #[must_use]
+    pub fn is_revoked(&self, identity: &IdentityKey) -> bool {
+        self.revoked.contains_key(identity)
+    }
+
+    /// The position in the log of the Revoke that put this identity out.
+    #[must_use]
+    pub fn revoked_position(&self, identity: &IdentityKey) -> Option<usize> {
+        self.revoked.get(identity).copied()
+    }
+
+    /// An accepted invite, open or not.
+    #[must_use]
+    pub fn invite(&self, key: &InviteKey) -> Option<&OpenInvite> {
+        self.invites.get(key)
+    }
+
+    /// All accepted invites, open or not, in the order of their keys.
+    pub fn invites(&self) -> impl Iterator<Item = &OpenInvite> {
+        self.invites.values()
+    }
+
+    /// An accepted invite as signed.
+    #[must_use]
+    pub fn invite_record(&self, key: &InviteKey) -> Option<&SignedRecord> {
+        self.log.get(self.invites.get(key)?.at)
+    }
+
+    /// The prefixes this identity may announce: those granted and those its invite implies. Sorted; empty once revoked.
+    #[must_use]
+    pub fn grants(&self, identity: &IdentityKey) -> Vec<IpNet> {
+        if self.is_revoked(identity) {
+            return Vec::new();
+        }
+        let implied = self.nodes.get(identity).and_then(|node| self.invites.get(&node.member.invite));
+        let mut prefixes: BTreeSet<IpNet> = implied.iter().flat_map(|i| i.invite.routes.iter().copied()).collect();
+        prefixes.extend(self.grants.get(identity).into_iter().flat_map(BTreeMap::keys));
+        prefixes.into_iter().collect()
+    }
+
+    // Records for somebody who only knows the network id.
+
+    /// The records, in order, from which an empty ledger accepts this invite: the Genesis, and what made its issuer an
+    /// admin. Empty if the invite is unknown.
+    #[must_use]
+    pub fn chain(&self, key: &InviteKey) -> Vec<SignedRecord> {
+        self.invites.get(key).map(|invite| self.proof(vec![invite.at])).unwrap_or_default()
+    }
+
+    /// The records, in order, from which an empty ledger knows every live admin: what a guest needs to verify an invite
+    /// that only its token holds.
+    #[must_use]
+    pub fn admin_chain(&self) -> Vec<SignedRecord> {
+        self.proof(self.admins.iter().filter(|(who, _)| !self.is_revoked(who)).map(|(_, at)| *at).collect())
+    }
+
+    /// The records at the positions in `open` and, again and again, what entitled their signers.
+    fn proof(&self, mut open: Vec<usize>) -> Vec<SignedRecord> {
+        let mut needed = BTreeSet::new();
+        if self.genesis.is_some() {
+            needed.insert(0);
+        }
+        while let Some(at) = open.pop() {
+            if !needed.insert(at) {
+                continue;
+            }
+            if let Some(signed) = self.log.get(at) {
+                open.extend(self.admins.get(&IdentityKey(signed.signer.0)));
+                open.extend(self.invites.get(&InviteKey(signed.signer.0)).map(|invite| invite.at));
+            }
+        }
+        needed.into_iter().filter_map(|at| self.log.get(at)).cloned().collect()
+    }
+
+    // What is free.
+
+    /// The lowest address that no live member has and for which `reserved` is false.
+    pub fn free_ipv4(&self, reserved: impl Fn(Ipv4Addr) -> bool) -> Option<Ipv4Addr> {
+        self.taken.lowest_free(self.genesis.as_ref()?.ipv4, reserved)
+    }
+
+    /// `wanted`, or if a live member has it or `reserved` is true for it: with `-2`, `-3`, … added. `wanted` must be a label.
+    pub fn free_name(&self, wanted: &str, reserved: impl Fn(&str) -> bool) -> String {
+        let taken = |name: &str| self.names.contains_key(name) || reserved(name);
+        if !taken(wanted) {
+            return wanted.to_owned();
+        }
+        // A thousand machines may all be called "debian": double until free, then halve the gap.
+        let taken = |number: u64| taken(&numbered(wanted, number));
+        let mut below = 1;
+        let mut free = 2;
+        while taken(free) {
+            below = free;
+            free = free.saturating_mul(2);
+        }
+        while free - below > 1 {
+            let middle = below + (free - below) / 2;
+            if taken(middle) {
+                below = middle;
+            } else {
+                free = middle;
+            }
+        }
+        numbered(wanted, free)
+    }
+
+    // The rules.
+
+    /// Everything that can speak against a record whose signatures are right.
+    fn judge(&self, signer: Digest32, record: &Record, judge: Judge) -> Result<(), Refusal> {
+        let (version, network) = common_fields(record);
+        if network != self.network {
+            return Err(Refusal::WrongNetwork);
+        }
+        if version != RECORD_VERSION {
+            return Err(Refusal::Record(RecordError::Unreadable));
+        }
+        if let Record::Genesis(genesis) = record {
+            return self.judge_genesis(signer, genesis);
+        }
+        let genesis = self.genesis.as_ref().ok_or(Refusal::NoGenesis)?;
+        match record {
+            Record::Member(member) => return self.judge_member(signer, member, genesis, judge),
+            Record::Genesis(_) | Record::Admin(_) | Record::Invite(_) | Record::RouteGrant(_) | Record::Revoke(_) => {}
+        }
+        if signer.0 != self.network.0 && !self.is_admin(&IdentityKey(signer.0)) {
+            return Err(Refusal::NotAdmin);
+        }
+        match record {
+            Record::Admin(admin) => self.judge_identity(&admin.identity),
+            Record::Invite(invite) => self.judge_invite(invite, genesis),
+            Record::RouteGrant(grant) => {
+                self.judge_identity(&grant.identity)?;
+                self.nodes.get(&grant.identity).ok_or(Refusal::UnknownTarget)?;
+                judge_route(&grant.prefix, genesis)
+            }
+            Record::Revoke(revoke) => self.judge_revoke(&revoke.target),
+            Record::Genesis(_) | Record::Member(_) => Ok(()),
+        }
+    }
+
+    fn judge_genesis(&self, signer: Digest32, genesis: &Genesis) -> Result<(), Refusal> {
+        if signer.0 != self.network.0 || self.genesis.is_some() {
+            return Err(Refusal::BadGenesis);
+        }
+        label(&genesis.name)?;
+        check(is_sane_ipv4_range(genesis.ipv4), "the IPv4 range is not usable")?;
+        check(is_ula_48(genesis.ipv6), "the IPv6 prefix is not a ULA /48")
+    }
+
+    fn judge_identity(&self, identity: &IdentityKey) -> Result<(), Refusal> {
+        // So that no Revoke of a node can ever be read as one of the root.
+        check(identity.0 != self.network.0, "the root key is not a node's")?;
+        if self.is_revoked(identity) { Err(Refusal::Revoked) } else { Ok(()) }
+    }
+
+    fn judge_invite(&self, invite: &Invite, genesis: &Genesis) -> Result<(), Refusal> {
+        if self.invites.contains_key(&invite.key) {
+            return Err(Refusal::KeyTaken);
+        }
+        check(invite.uses > 0, "an invite admits at least one member")?;
+        invite.name.as_deref().map_or(Ok(()), label)?;
+        invite.routes.iter().try_for_each(|prefix| judge_route(prefix, genesis))
+    }
+
+    fn judge_revoke(&self, target: &RevokeTarget) -> Result<(), Refusal> {
+        let known = match target {
+            RevokeTarget::Identity(identity) => self.nodes.contains_key(identity) || self.admins.contains_key(identity),
+            RevokeTarget::Invite(key) => self.invites.contains_key(key),
+        };
+        if known { Ok(()) } else { Err(Refusal::UnknownTarget) }
+    }
+
+    fn judge_member(&self, signer: Digest32, m: &Member, genesis: &Genesis, judge: Judge) -> Result<(), Refusal> {
+        check(signer.0 == m.invite.0, "it is not signed by its invite's key")?;
+        let open = self.invites.get(&m.invite).ok_or(Refusal::NoInvite)?;
+        self.judge_identity(&m.identity)?;
+        if open.revoked() || self.is_revoked(&IdentityKey(open.issuer.0)) {
+            return Err(Refusal::InviteRevoked);
+        }
+        if open.used_up() {
+            return Err(Refusal::InviteUsedUp);
+        }
+        let in_time = match judge {
+            Judge::Reader => true,
+            Judge::Coordinator(now) => now <= open.invite.expires,
+        };
+        if !in_time || m.created > open.invite.expires {
+            return Err(Refusal::InviteExpired);
+        }
+        label(&m.name)?;
+        check(open.invite.name.as_ref().is_none_or(|name| *name == m.name), "the invite demands another name")?;
+        check(is_host_of(m.ipv4, genesis.ipv4), "the IPv4 address is not a host address of the network's range")?;
+        check(m.ipv6 == member_ipv6(genesis.ipv6, &m.identity), "the IPv6 address does not follow from the identity")?;
+        if self.nodes.contains_key(&m.identity) || self.wg.contains_key(&m.wg) || self.control.contains_key(&m.control)
+        {
+            return Err(Refusal::KeyTaken);
+        }
+        if self.ipv4.contains_key(&m.ipv4) {
+            return Err(Refusal::AddressTaken(m.ipv4));
+        }
+        if self.names.contains_key(&m.name) {
+            return Err(Refusal::NameTaken(m.name.clone()));
+        }
+        Ok(())
+    }
+
+    // What follows from an accepted record, and back.
+
+    fn apply(&mut self, id: Digest32, signed: SignedRecord, record: Record) -> Change {
+        let at = self.log.len();
+        let issuer = signed.signer;
+        self.heads.push(log_head(self.head(), &signed));
+        self.log.push(signed);
+        self.known.insert(id, at);
+        match record {
+            Record::Genesis(genesis) => {
+                self.genesis = Some(genesis);
+                Change::Founded
+            }
+            Record::Admin(Admin { identity, .. }) => {
+                self.admins.entry(identity).or_insert(at);
+                Change::AdminAdded(identity)
+            }
+            Record::Invite(invite) => {
+                let key = invite.key;
+                self.invites.insert(key, OpenInvite { invite, issuer, used: 0, at, closed_at: None });
+                Change::InviteAdded(key)
+            }
+            Record::Member(member) => {
+                let identity = member.identity;
+                if let Some(open) = self.invites.get_mut(&member.invite) {
+                    open.used = open.used.saturating_add(1);
+                    if open.invite.admin {
+                        self.admins.entry(identity).or_insert(at);
+                    }
+                }
+                self.wg.insert(member.wg, identity);
+                self.control.insert(member.control, identity);
+                self.nodes.insert(identity, Node { member, at });
+                self.bring_in(&identity);
+                Change::MemberAdded(identity)
+            }
+            Record::RouteGrant(RouteGrant { identity, prefix, .. }) => {
+                self.grants.entry(identity).or_default().entry(prefix).or_insert(at);
+                Change::RouteGranted(identity)
+            }
+            Record::Revoke(Revoke { target: RevokeTarget::Identity(identity), .. }) => {
+                if !self.is_revoked(&identity) {
+                    self.put_out(&identity);
+                    self.revoked.insert(identity, at);
+                    for open in self.invites.values_mut().filter(|i| i.issuer.0 == identity.0 && !i.used_up()) {
+                        open.closed_at.get_or_insert(at);
+                    }
+                }
+                Change::MemberRevoked(identity)
+            }
+            Record::Revoke(Revoke { target: RevokeTarget::Invite(key), .. }) => {
+                if let Some(open) = self.invites.get_mut(&key) {
+                    open.closed_at.get_or_insert(at);
+                }
+                Change::InviteRevoked(key)
+            }
+        }
+    }
+
+    /// The exact reverse of [`Self::apply`] for the newest record, which stood at `at`.
+    fn take_back(&mut self, record: &Record, at: usize) {
+        match record {
+            Record::Genesis(_) => self.genesis = None,
+            Record::Admin(Admin { identity, .. }) => self.forget_admin(identity, at),
+            Record::Invite(invite) => {
+                self.invites.remove(&invite.key);
+            }
+            Record::Member(member) => {
+                self.put_out(&member.identity);
+                self.nodes.remove(&member.identity);
+                self.wg.remove(&member.wg);
+                self.control.remove(&member.control);
+                self.forget_admin(&member.identity, at);
+                if let Some(open) = self.invites.get_mut(&member.invite) {
+                    open.used = open.used.saturating_sub(1);
+                }
+            }
+            Record::RouteGrant(RouteGrant { identity, prefix, .. }) => {
+                if let Some(prefixes) = self.grants.get_mut(identity) {
+                    if prefixes.get(prefix) == Some(&at) {
+                        prefixes.remove(prefix);
+                    }
+                    if prefixes.is_empty() {
+                        self.grants.remove(identity);
+                    }
+                }
+            }
+            Record::Revoke(Revoke { target: RevokeTarget::Identity(identity), .. }) => {
+                if self.revoked.get(identity) == Some(&at) {
+                    self.revoked.remove(identity);
+                    self.bring_in(identity);
+                    for open in self.invites.values_mut().filter(|i| i.closed_at == Some(at)) {
+                        open.closed_at = None;
+                    }
+                }
+            }
+            Record::Revoke(Revoke { target: RevokeTarget::Invite(key), .. }) => {
+                if let Some(open) = self.invites.get_mut(key).filter(|i| i.closed_at == Some(at)) {
+                    open.closed_at = None;
+                }
+            }
+        }
+    }
+
+    fn forget_admin(&mut self, identity: &IdentityKey, at: usize) {
+        if self.admins.get(identity) == Some(&at) {
+            self.admins.remove(identity);
+        }
+    }
+
+    /// Gives a node (if the identity is one) its name and address.
+    fn bring_in(&mut self, identity: &IdentityKey) {
+        let Some(Node { member, .. }) = self.nodes.get(identity) else { return };
+        self.names.insert(member.name.clone(), *identity);
+        self.ipv4.insert(member.ipv4, *identity);
+        self.taken.insert(member.ipv4);
+        self.live += 1;
+    }
+
+    /// Frees the name and address of a node (if the identity is one).
+    fn put_out(&mut self, identity: &IdentityKey) {
+        let Some(Node { member, .. }) = self.nodes.get(identity) else { return };
+        self.names.remove(&member.name);
+        self.ipv4.remove(&member.ipv4);
+        self.taken.remove(member.ipv4);
+        self.live = self.live.saturating_sub(1);
+    }
+}
+
+/// Whether a network may use this IPv4 range: host bits zero, /8 to /29, not one that IPv4 gives another meaning (this
+/// host, loopback, multicast and above: RFC 6890 section 2.2.2).
+#[must_use]
+pub fn is_sane_ipv4_range(range: Ipv4Net) -> bool {
+    let first = range.addr().octets()[0];
+    range.addr() == range.network()
+        && (8..=29).contains(&range.prefix_len())
+        && first != 0
+        && first != 127
+        && first < 224
+}
+
+/// Whether a network may use this IPv6 prefix: a locally assigned ULA /48 (RFC 4193 section 3.1), host bits zero.
+#[must_use]
+pub fn is_ula_48(prefix: Ipv6Net) -> bool {
+    prefix.addr().octets()[0] == 0xfd && prefix.prefix_len() == 48 && prefix.addr() == prefix.network()
+}
+
+fn is_host_of(address: Ipv4Addr, range: Ipv4Net) -> bool {
+    range.contains(&address) && address != range.network() && address != range.broadcast()
+}
+
+/// A route must be a real prefix, and not one inside the mesh: that would give a node other members' addresses.
+fn judge_route(prefix: &IpNet, genesis: &Genesis) -> Result<(), Refusal> {
+    check(prefix.addr() == prefix.network(), "a route has host bits set")?;
+    let inside = match prefix {
+        IpNet::V4(v4) => genesis.ipv4.contains(v4),
+        IpNet::V6(v6) => genesis.ipv6.contains(v6),
+    };
+    check(!inside, "a route lies inside the mesh's own range")
+}
+
+fn label(name: &str) -> Result<(), Refusal> {
+    check(dns_label(name).is_ok(), "a name is not a DNS label")
+}
+
+fn check(fine: bool, otherwise: &'static str) -> Result<(), Refusal> {
+    if fine { Ok(()) } else { Err(Refusal::Contradiction(otherwise)) }
+}
+
+fn common_fields(record: &Record) -> (u16, NetworkId) {
+    match record {
+        Record::Genesis(r) => (r.v, r.network),
+        Record::Admin(r) => (r.v, r.network),
+        Record::Invite(r) => (r.v, r.network),
+        Record::Member(r) => (r.v, r.network),
+        Record::RouteGrant(r) => (r.v, r.network),
+        Record::Revoke(r) => (r.v, r.network),
+    }
 }
