@@ -1,0 +1,50 @@
+//! `meshd netcheck`.
+
+use std::fmt::Write as _;
+
+use crate::cli::error::CliError;
+use crate::cli::output::{BOLD, millis, paint};
+use crate::cli::{Global, client};
+use crate::wire::local::{Call, Netcheck, Response};
+
+/// Options of `meshd netcheck`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+NAT behaviour is given in the words of RFC 4787: endpoint-independent mapping lets two nodes meet directly,
+address-and-port-dependent mapping on both sides usually needs the relay.")]
+pub struct Args {}
+
+pub(super) fn run(_: &Args, global: &Global) -> Result<(), CliError> {
+    let report =
+        client::ask(global, Call::Netcheck, |reply| if let Response::Netcheck(r) = reply { Some(*r) } else { None })?;
+    global.output().show(&report, text)
+}
+
+fn text(report: &Netcheck) -> String {
+    let mut text = String::new();
+    let mut row = |label: &str, value: &str| {
+        let _ = writeln!(text, "{} {value}", paint(&format!("{label:<13}"), BOLD));
+    };
+    let yes_no = |yes: bool| if yes { "yes" } else { "no" };
+    let time = |ms: Option<f64>| ms.map_or_else(|| "not connected".to_owned(), millis);
+    row("UDP", yes_no(report.udp));
+    row("IPv6", yes_no(report.ipv6));
+    let reflexive: Vec<String> = report.reflexive.iter().map(ToString::to_string).collect();
+    row("seen as", if reflexive.is_empty() { "unknown".to_owned() } else { reflexive.join(", ") }.as_str());
+    row("mapping", report.mapping.as_deref().unwrap_or("unknown"));
+    row("filtering", report.filtering.as_deref().unwrap_or("unknown"));
+    row("port mapping", report.port_mapping.as_deref().unwrap_or("none"));
+    row("coordinator", &time(report.coordinator_rtt_ms));
+    row("relay", &time(report.relay_rtt_ms));
+    for server in &report.servers {
+        let answer = match (server.rtt_ms, server.reflexive) {
+            (Some(ms), Some(seen)) => format!("{} answered in {}, saw {seen}", server.server, millis(ms)),
+            (Some(ms), None) => format!("{} answered in {}", server.server, millis(ms)),
+            (None, _) => format!("{} did not answer", server.server),
+        };
+        row("STUN", &answer);
+    }
+    text.push('\n');
+    text.push_str(&report.meaning);
+    text
+}
