@@ -1,1 +1,104 @@
-//! (being built)
+//! A NODE, RUNNING. Start order, stop order, and one table of threads.
+//!
+//! | thread | runs | blocks in |
+//! |---|---|---|
+//! | `meshd` (the first) | tokio, current-thread: planner task, control link, local API, netlink, signals | tokio |
+//! | `meshd-data-0` | `Outbound` and `Inbound`, one batch from each ready source a turn ([`worker`]) | `poll`: TUN, UDP, wake |
+//! | `meshd-relay` | tokio, current-thread: the relay link ([`relay_thread`]) | tokio |
+//!
+//! Besides these tokio starts up to two helpers for name resolution and disk writes on the first thread and one on the
+//! relay thread; they end when idle. Waiting goes one way only: links and the command line may wait for the planner, the
+//! planner may wait for the data thread, the data thread waits for nobody.
+//!
+//! A panic in any thread ends the process: half a daemon is worse than none, and the next start repairs what is left.
+
+#![allow(clippy::disallowed_methods, clippy::disallowed_types)]
+
+mod background;
+pub mod client;
+pub mod store;
+
+use std::fmt;
+use std::path::PathBuf;
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+pub use crate::daemon::background::spawn_background;
+use crate::wire::local::{Problem, Status};
+
+/// How a node is to run.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Options {
+    /// Keys and state.
+    pub state_dir: PathBuf,
+    /// The local API's socket.
+    pub socket: PathBuf,
+    /// The interface's name; absent: the first free of `mesh0`, `mesh1`, …
+    pub tun: Option<String>,
+    /// The node's name; absent: the host name, with a number if that is taken. Only for joining.
+    pub name: Option<String>,
+    /// A claim or invite token, as text. Absent: resume.
+    pub token: Option<TokenText>,
+    /// UDP port; 0: the one used last, or a random one.
+    pub port: u16,
+    /// Name of the network; only for founding. Absent: `home`.
+    pub network_name: Option<String>,
+    /// IPv4 range of the network; only for founding. Absent: a random /16 of 100.64.0.0/10 that is free here.
+    pub ipv4_range: Option<Ipv4Net>,
+}
+
+/// A token as a person gave it. Not shown by `Debug`, wiped when dropped.
+#[derive(Clone)]
+pub struct TokenText(Zeroizing<String>);
+
+impl TokenText {
+    /// The text.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<String> for TokenText {
+    fn from(text: String) -> Self {
+        Self(Zeroizing::new(text))
+    }
+}
+
+impl fmt::Debug for TokenText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TokenText(…)")
+    }
+}
+
+impl Serialize for TokenText {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.serialize_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for TokenText {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        String::deserialize(d).map(Self::from)
+    }
+}
+
+/// What `meshd up` has to say when the node is up.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UpReport {
+    /// Network, name, addresses, peers.
+    pub status: Status,
+    /// A daemon was running before; nothing was started.
+    pub already_running: bool,
+    /// Sentences worth saying: "already in this network", damaged files kept aside, …
+    pub notes: Vec<String>,
+    /// The node is up, but the coordinator has not answered yet and why. It goes on trying.
+    pub warning: Option<Problem>,
+}
+
+/// A problem for a person.
+pub(crate) fn problem(code: &str, text: impl Into<String>, hint: impl Into<String>) -> Problem {
+    Problem { code: code.to_owned(), text: text.into(), hint: hint.into() }
+}
