@@ -1,1 +1,262 @@
-//! (being built)
+//! From the network to the TUN device. Read top to bottom: classify, find the key, open, check the source, queue.
+
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use rustc_hash::FxBuildHasher;
+
+use crate::engine::drops::{Drop, Drops};
+use crate::engine::io::{Notice, Path, PeerId, Update, Via};
+use crate::engine::packet::{InboundSink, MIN_ROOM};
+use crate::engine::routes::Routes;
+use crate::engine::session::gate::{Gate, Verdict};
+use crate::engine::session::table::SessionTable;
+use crate::engine::session::tunnel::{OpenError, Opened, Tunnel};
+use crate::engine::traffic::Traffic;
+use crate::time::Now;
+use crate::wire::classify::{Kind, classify};
+use crate::wire::keys::WgKey;
+use crate::wire::{ip, probe, stun, wireguard};
+
+/// The inbound half of a data worker.
+#[derive(Debug)]
+pub struct Inbound {
+    routes: Routes,
+    peers: Vec<Option<Peer>>,
+    sessions: SessionTable<(PeerId, Arc<Mutex<Tunnel>>)>,
+    gate: Gate,
+    own: Vec<IpAddr>,
+    tx_prefix: [u8; 4],
+    probe_names: HashSet<[u8; 8], FxBuildHasher>,
+    drops: Arc<Drops>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    traffic: Arc<Traffic>,
+    direct: Option<Via>,
+    roamed_to: Option<Via>,
+    index: Option<u32>,
+    probe_name: Option<[u8; 8]>,
+}
+
+/// What an [`Inbound`] must know from the start.
+#[derive(Debug, Clone)]
+pub struct InboundConfig {
+    /// Our WireGuard public key, which handshake MACs are keyed with.
+    pub key: WgKey,
+    /// Our mesh addresses.
+    pub own: Vec<IpAddr>,
+    /// The first four bytes of every STUN transaction id we use in this run, so that made-up answers cost nothing.
+    pub tx_prefix: [u8; 4],
+}
+
+impl Inbound {
+    /// A worker that knows no peer yet.
+    #[must_use]
+    pub fn new(config: &InboundConfig, drops: Arc<Drops>) -> Self {
+        Self {
+            routes: Routes::default(),
+            peers: Vec::new(),
+            sessions: SessionTable::default(),
+            gate: Gate::new(&config.key),
+            own: config.own.clone(),
+            tx_prefix: config.tx_prefix,
+            probe_names: HashSet::default(),
+            drops,
+        }
+    }
+
+    /// Carries one datagram, from a UDP socket or out of a relay frame.
+    pub fn handle_datagram(&mut self, via: &Via, bytes: &[u8], now: Now, sink: &mut impl InboundSink) {
+        match classify(bytes) {
+            Kind::Data => self.data(via, bytes, now, sink),
+            Kind::HandshakeInit | Kind::HandshakeResponse | Kind::CookieReply => self.handshake(via, bytes, now, sink),
+            Kind::Stun => match self.stun_is_expected(via, bytes) {
+                Ok(()) => slow(via, bytes, sink),
+                Err(why) => self.drops.count(why),
+            },
+            Kind::Sealed => match via {
+                // Over the relay the sender is known; by UDP only the name in the message tells.
+                Via::Udp { .. } if !probe::sealed_name(bytes).is_some_and(|n| self.probe_names.contains(&n)) => {
+                    self.drops.count(Drop::BadSealed);
+                }
+                Via::Udp { .. } | Via::Relay { .. } => slow(via, bytes, sink),
+            },
+            Kind::RelayDatagram | Kind::Junk => self.drops.count(Drop::Junk),
+        }
+    }
+
+    /// Takes what the planner decided.
+    pub fn apply(&mut self, update: Update) {
+        match update {
+            Update::Peer { peer, key: _, owns, traffic } => {
+                self.routes.set(peer, owns);
+                let index = peer.0 as usize;
+                if self.peers.len() <= index {
+                    self.peers.resize_with(index + 1, || None);
+                }
+                match &mut self.peers[index] {
+                    Some(known) => known.traffic = traffic,
+                    slot @ None => {
+                        *slot = Some(Peer { traffic, direct: None, roamed_to: None, index: None, probe_name: None });
+                    }
+                }
+            }
+            Update::Gone(peer) => {
+                self.routes.remove_peer(peer);
+                if let Some(gone) = self.peers.get_mut(peer.0 as usize).and_then(Option::take) {
+                    if let Some(index) = gone.index {
+                        self.sessions.remove(index);
+                    }
+                    if let Some(name) = gone.probe_name {
+                        self.probe_names.remove(&name);
+                    }
+                }
+            }
+            Update::Tunnel { peer, tunnel, index } => {
+                if let Some(p) = self.peer_mut(peer) {
+                    p.index = Some(index);
+                    self.sessions.insert(index, (peer, tunnel));
+                }
+            }
+            Update::Path { peer, path } => {
+                if let Some(p) = self.peer_mut(peer) {
+                    p.direct = match path {
+                        Path::Direct { socket, remote } | Path::Both { socket, remote } => {
+                            Some(Via::Udp { socket, remote })
+                        }
+                        Path::None | Path::Relay => None,
+                    };
+                    p.roamed_to = None;
+                }
+            }
+            Update::ProbeName { peer, name } => {
+                if let Some(p) = self.peer_mut(peer) {
+                    p.probe_name = Some(name);
+                    self.probe_names.insert(name);
+                }
+            }
+            Update::Established(_) | Update::GiveUp(_) => {}
+        }
+    }
+
+    fn data(&mut self, via: &Via, bytes: &[u8], now: Now, sink: &mut impl InboundSink) {
+        // 2 find the key
+        let session = wireguard::receiver_index(bytes).and_then(|index| self.sessions.by_session(index));
+        let Some((id, tunnel)) = session else {
+            self.drops.count(Drop::UnknownIndex);
+            if let Via::Relay { peer } = via {
+                sink.notice(Notice::UnknownIndex(*peer));
+            }
+            return;
+        };
+        let id = *id;
+        // 3 replay, open
+        let room = sink.tun_room(bytes.len().max(MIN_ROOM));
+        let opened = tunnel.lock().open(Some(pseudo_ip(via)), bytes, room, now);
+        let (inner, established): (&[u8], bool) = match opened {
+            Opened::Packet { len, established } => (&room[..len], established),
+            Opened::Keepalive { established } => (&[], established),
+            Opened::Error(why) => {
+                self.drops.count(match why {
+                    OpenError::BadTag => Drop::BadTag,
+                    OpenError::Replayed => Drop::Replayed,
+                    OpenError::UnknownSession => Drop::UnknownIndex,
+                    OpenError::BadInner => Drop::BadInner,
+                    OpenError::Other => Drop::BadTag,
+                });
+                if let (OpenError::UnknownSession, Via::Relay { peer }) = (why, via) {
+                    sink.notice(Notice::UnknownIndex(*peer));
+                }
+                return;
+            }
+        };
+        // 4 source check: the longest match of the inner source must be this very peer
+        let mut deliver = None;
+        if !inner.is_empty() {
+            match ip::source_destination(inner) {
+                Err(_) => self.drops.count(Drop::BadInner),
+                Ok((source, _)) if !self.routes.owner_is(source, id) => self.drops.count(Drop::SpoofedSource),
+                Ok((_, destination)) if !self.own.contains(&destination) => self.drops.count(Drop::NotForUs),
+                Ok(_) => deliver = Some(inner.len()),
+            }
+        }
+        if let Some(len) = deliver {
+            sink.tun_commit(len);
+        }
+        if established {
+            sink.established(id);
+            sink.notice(Notice::Confirmed(id));
+        }
+        // 5 roam and stamp
+        let Some(peer) = self.peers.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
+        if let Some(len) = deliver {
+            peer.traffic.received(len, now);
+            if peer.traffic.needs_watching() {
+                sink.notice(Notice::Active(id));
+            }
+        }
+        match via {
+            Via::Relay { .. } => peer.traffic.came_by_relay(now),
+            Via::Udp { .. } if peer.direct.as_ref() == Some(via) => peer.traffic.came_directly(now),
+            Via::Udp { .. } if peer.roamed_to.as_ref() != Some(via) => {
+                peer.roamed_to = Some(*via);
+                sink.notice(Notice::Roamed { peer: id, via: *via });
+            }
+            Via::Udp { .. } => {}
+        }
+    }
+
+    /// Cheap checks before anything that costs a Diffie-Hellman: length, MAC, rate, cookie.
+    fn handshake(&mut self, via: &Via, bytes: &[u8], now: Now, sink: &mut impl InboundSink) {
+        let mut cookie = [0u8; MIN_ROOM];
+        match self.gate.check(pseudo_ip(via), bytes, &mut cookie, now) {
+            Verdict::Pass => slow(via, bytes, sink),
+            Verdict::Cookie(len) => {
+                self.drops.count(Drop::HandshakeGate);
+                sink.reply(via, &cookie[..len]);
+            }
+            Verdict::Drop => self.drops.count(Drop::HandshakeGate),
+        }
+    }
+
+    /// Whether a STUN message can be one of ours, by looking only at bytes an outsider cannot guess.
+    fn stun_is_expected(&self, via: &Via, bytes: &[u8]) -> Result<(), Drop> {
+        if probe::is_response(bytes) {
+            let ours = stun::transaction_id(bytes).is_some_and(|id| id.0[..4] == self.tx_prefix);
+            return if ours { Ok(()) } else { Err(Drop::UnexpectedStun) };
+        }
+        match via {
+            Via::Relay { .. } => Ok(()),
+            Via::Udp { .. } => match probe::name_of(bytes) {
+                Some(name) if self.probe_names.contains(&name) => Ok(()),
+                Some(_) => Err(Drop::UnknownProbe),
+                None => Err(Drop::UnexpectedStun),
+            },
+        }
+    }
+
+    fn peer_mut(&mut self, id: PeerId) -> Option<&mut Peer> {
+        self.peers.get_mut(id.0 as usize).and_then(Option::as_mut)
+    }
+}
+
+fn slow(via: &Via, bytes: &[u8], sink: &mut impl InboundSink) {
+    sink.notice(Notice::Slow { via: *via, bytes: bytes.to_vec() });
+}
+
+/// boringtun keys cookies and rate limits by source address; a relayed datagram gets one made from its sender's key.
+#[must_use]
+pub fn pseudo_ip(via: &Via) -> IpAddr {
+    match via {
+        Via::Udp { remote, .. } => remote.ip(),
+        Via::Relay { peer } => {
+            let mut octets = [0u8; 16];
+            octets.copy_from_slice(&peer.0[..16]);
+            IpAddr::V6(Ipv6Addr::from(octets))
+        }
+    }
+}

@@ -113,6 +113,13 @@ pub enum Update {
     Established(PeerId),
     /// No handshake succeeded: drop what was staged.
     GiveUp(PeerId),
+    /// Path probes and sealed messages with this name in them come from that peer.
+    ProbeName {
+        /// Who.
+        peer: PeerId,
+        /// See [`crate::wire::probe`].
+        name: [u8; 8],
+    },
 }
 
 /// Data workers → planner.
@@ -136,6 +143,8 @@ pub enum Notice {
         /// From where.
         via: Via,
     },
+    /// The peer's first data under a session it began: the session may now be used for sending.
+    Confirmed(PeerId),
     /// Data for an unknown session came through the relay from this peer: it holds a session we lost.
     UnknownIndex(WgKey),
 }

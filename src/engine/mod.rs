@@ -14,4 +14,5 @@ pub mod peer;
 pub mod planner;
 pub mod routes;
 pub mod session;
+pub(crate) mod timers;
 pub mod traffic;

@@ -1,1 +1,260 @@
-//! (being built)
+//! From the TUN device to the network. Read top to bottom: parse, route, session, seal, path, queue.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{ArcMutexGuard, Mutex, RawMutex};
+
+use crate::engine::drops::{Drop, Drops};
+use crate::engine::io::{Notice, Path, PeerId, Update};
+use crate::engine::packet::{DATA_OVERHEAD, Destination, MIN_ROOM, OutboundSink};
+use crate::engine::routes::Routes;
+use crate::engine::session::tunnel::Tunnel;
+use crate::engine::traffic::Traffic;
+use crate::time::Now;
+use crate::wire::ip;
+use crate::wire::keys::WgKey;
+
+/// Packets that may wait for one peer's session. As many as WireGuard for Linux stages; the oldest goes first.
+pub const STAGED_PER_PEER: usize = 128;
+/// Packets that may wait in all: at 1,280 bytes each, 5 MiB.
+pub const STAGED_TOTAL: usize = 4096;
+/// The largest inner packet: a UDP datagram less WireGuard's overhead and a relay frame header.
+pub const MAX_INNER: usize = crate::wire::relay::MAX_PAYLOAD - DATA_OVERHEAD;
+/// While packets wait, the planner is reminded this often.
+const REMIND: Duration = Duration::from_secs(1);
+
+/// The outbound half of a data worker.
+#[derive(Debug)]
+pub struct Outbound {
+    routes: Routes,
+    peers: Vec<Option<Peer>>,
+    staged_total: usize,
+    /// Holds a sealed datagram that goes both ways at once.
+    scratch: Vec<u8>,
+    drops: Arc<Drops>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    key: WgKey,
+    traffic: Arc<Traffic>,
+    tunnel: Option<Arc<Mutex<Tunnel>>>,
+    path: Path,
+    staged: VecDeque<Vec<u8>>,
+    reminded: Option<Now>,
+}
+
+/// The lock of the peer whose run of packets is being sealed.
+type Held = Option<(PeerId, ArcMutexGuard<RawMutex, Tunnel>)>;
+
+impl Outbound {
+    /// A worker that knows no peer yet.
+    #[must_use]
+    pub fn new(drops: Arc<Drops>) -> Self {
+        Self { routes: Routes::default(), peers: Vec::new(), staged_total: 0, scratch: Vec::new(), drops }
+    }
+
+    /// Carries a batch of packets read from the TUN device, in order.
+    pub fn handle_tun<'a>(
+        &mut self,
+        packets: impl IntoIterator<Item = &'a [u8]>,
+        now: Now,
+        sink: &mut impl OutboundSink,
+    ) {
+        let mut held: Held = None;
+        for packet in packets {
+            // 1 parse
+            let Ok(destination) = ip::destination(packet) else {
+                self.drops.count(Drop::BadIp);
+                continue;
+            };
+            if packet.len() > MAX_INNER {
+                self.drops.count(Drop::TooBig);
+                continue;
+            }
+            // 2 route
+            let Some(peer) = self.routes.lookup(destination) else {
+                self.drops.count(Drop::NoRoute);
+                if let Some(error) = ip::unreachable(packet) {
+                    sink.to_tun(&error);
+                }
+                continue;
+            };
+            self.send(peer, packet, now, &mut held, sink);
+        }
+    }
+
+    /// Takes what the planner decided.
+    pub fn apply(&mut self, update: Update, now: Now, sink: &mut impl OutboundSink) {
+        match update {
+            Update::Peer { peer, key, owns, traffic } => {
+                self.routes.set(peer, owns);
+                let index = peer.0 as usize;
+                if self.peers.len() <= index {
+                    self.peers.resize_with(index + 1, || None);
+                }
+                match &mut self.peers[index] {
+                    Some(known) => known.traffic = traffic,
+                    slot @ None => {
+                        *slot = Some(Peer {
+                            key,
+                            traffic,
+                            tunnel: None,
+                            path: Path::Relay,
+                            staged: VecDeque::new(),
+                            reminded: None,
+                        });
+                    }
+                }
+            }
+            Update::Gone(peer) => {
+                self.drop_staged(peer, Drop::PeerGone);
+                self.routes.remove_peer(peer);
+                if let Some(slot) = self.peers.get_mut(peer.0 as usize) {
+                    *slot = None;
+                }
+            }
+            Update::Tunnel { peer, tunnel, index: _ } => {
+                if let Some(peer) = self.peer_mut(peer) {
+                    peer.tunnel = Some(tunnel);
+                }
+            }
+            Update::Path { peer, path } => {
+                if let Some(p) = self.peer_mut(peer) {
+                    p.path = path;
+                }
+            }
+            Update::Established(peer) => self.flush(peer, now, sink),
+            Update::GiveUp(peer) => self.drop_staged(peer, Drop::HandshakeTimeout),
+            Update::ProbeName { .. } => {}
+        }
+    }
+
+    /// Sends what waited for a session of this peer, if it has one now.
+    pub fn flush(&mut self, id: PeerId, now: Now, sink: &mut impl OutboundSink) {
+        let Some(peer) = self.peer_mut(id) else { return };
+        if peer.staged.is_empty() || !peer.tunnel.as_ref().is_some_and(|t| t.lock().can_send(now)) {
+            return;
+        }
+        let staged = std::mem::take(&mut peer.staged);
+        self.staged_total -= staged.len();
+        let mut held = None;
+        for packet in staged {
+            self.send(id, &packet, now, &mut held, sink);
+        }
+    }
+
+    fn send(&mut self, id: PeerId, packet: &[u8], now: Now, held: &mut Held, sink: &mut impl OutboundSink) {
+        let Some(peer) = self.peers.get(id.0 as usize).and_then(Option::as_ref) else {
+            self.drops.count(Drop::NoRoute);
+            return;
+        };
+        if peer.traffic.needs_watching() {
+            sink.notice(Notice::Active(id));
+        }
+        // 3 session: lock it once for the peer's run of packets
+        if held.as_ref().is_none_or(|(holder, _)| *holder != id) {
+            *held = peer.tunnel.as_ref().map(|tunnel| (id, tunnel.lock_arc()));
+        }
+        let Some((_, tunnel)) = held.as_mut().filter(|(_, tunnel)| tunnel.can_send(now)) else {
+            *held = None;
+            return self.stage(id, packet, now, sink);
+        };
+        // 4 seal, 5 path, 6 queue
+        match peer.path {
+            Path::None => self.drops.count(Drop::NoPath),
+            Path::Relay => {
+                let to = Destination::Relay { peer: peer.key };
+                seal_into(tunnel, packet, &to, &peer.traffic, &self.drops, now, sink);
+            }
+            Path::Direct { socket, remote } => {
+                let to = Destination::Udp { socket, remote };
+                seal_into(tunnel, packet, &to, &peer.traffic, &self.drops, now, sink);
+            }
+            Path::Both { socket, remote } => {
+                self.scratch.resize(room_for(packet), 0);
+                let Some(len) = tunnel.seal(packet, &mut self.scratch, now) else {
+                    self.drops.count(Drop::NoPath);
+                    return;
+                };
+                peer.traffic.sent(packet.len(), now);
+                for to in [Destination::Relay { peer: peer.key }, Destination::Udp { socket, remote }] {
+                    match sink.room(&to, len) {
+                        Some(room) => {
+                            room[..len].copy_from_slice(&self.scratch[..len]);
+                            sink.commit(len);
+                        }
+                        None => self.drops.count(busy(&to)),
+                    }
+                }
+            }
+        }
+    }
+
+    fn stage(&mut self, id: PeerId, packet: &[u8], now: Now, sink: &mut impl OutboundSink) {
+        let Some(peer) = self.peers.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
+        if self.staged_total >= STAGED_TOTAL && peer.staged.is_empty() {
+            self.drops.count(Drop::StagedOverflow);
+            return;
+        }
+        if peer.staged.len() >= STAGED_PER_PEER || self.staged_total >= STAGED_TOTAL {
+            peer.staged.pop_front();
+            self.staged_total -= 1;
+            self.drops.count(Drop::StagedOverflow);
+        }
+        let first = peer.staged.is_empty();
+        peer.staged.push_back(packet.to_vec());
+        self.staged_total += 1;
+        if first || peer.reminded.is_none_or(|at| now.since(at) >= REMIND) {
+            peer.reminded = Some(now);
+            sink.notice(Notice::NeedSession(id));
+        }
+    }
+
+    fn drop_staged(&mut self, id: PeerId, why: Drop) {
+        let Some(peer) = self.peer_mut(id) else { return };
+        let dropped = std::mem::take(&mut peer.staged).len();
+        self.staged_total -= dropped;
+        self.drops.add(why, dropped as u64);
+    }
+
+    fn peer_mut(&mut self, id: PeerId) -> Option<&mut Peer> {
+        self.peers.get_mut(id.0 as usize).and_then(Option::as_mut)
+    }
+}
+
+/// Seals `packet` straight into the buffer that will be sent.
+fn seal_into(
+    tunnel: &mut Tunnel,
+    packet: &[u8],
+    to: &Destination,
+    traffic: &Traffic,
+    drops: &Drops,
+    now: Now,
+    sink: &mut impl OutboundSink,
+) {
+    let Some(room) = sink.room(to, room_for(packet)) else {
+        drops.count(busy(to));
+        return;
+    };
+    match tunnel.seal(packet, room, now) {
+        Some(len) => {
+            traffic.sent(packet.len(), now);
+            sink.commit(len);
+        }
+        None => drops.count(Drop::NoPath),
+    }
+}
+
+fn room_for(packet: &[u8]) -> usize {
+    (packet.len() + DATA_OVERHEAD).max(MIN_ROOM)
+}
+
+const fn busy(to: &Destination) -> Drop {
+    match to {
+        Destination::Udp { .. } => Drop::SendFailed,
+        Destination::Relay { .. } => Drop::RelayBusy,
+    }
+}

@@ -1,1 +1,98 @@
-//! (being built)
+//! One peer as the planner sees it.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::engine::io::{Path, PeerId};
+use crate::engine::path::agent::{PathAgent, Stamps};
+use crate::engine::session::tunnel::Tunnel;
+use crate::engine::traffic::Traffic;
+use crate::time::Now;
+use crate::wire::keys::{IdentityKey, WgKey};
+use crate::wire::probe::ProbeKeys;
+
+/// A member of the network other than ourselves. What talking to it needs is made on first use and kept in `talk`.
+#[derive(Debug)]
+pub(crate) struct Peer {
+    pub(crate) id: PeerId,
+    pub(crate) identity: IdentityKey,
+    pub(crate) wg: WgKey,
+    /// Connected to the coordinator, as far as that says.
+    pub(crate) online: bool,
+    pub(crate) traffic: Arc<Traffic>,
+    pub(crate) talk: Option<Box<Talk>>,
+}
+
+/// What a peer that was talked to in this run costs.
+#[derive(Debug)]
+pub(crate) struct Talk {
+    pub(crate) keys: ProbeKeys,
+    pub(crate) agent: PathAgent,
+    /// Kept for as long as the process runs: boringtun remembers in it which handshakes it has seen (replays).
+    pub(crate) tunnel: Option<Arc<Mutex<Tunnel>>>,
+    pub(crate) index: u32,
+    pub(crate) handshake: Option<Handshake>,
+    /// Where the data workers send now.
+    pub(crate) path: Path,
+    pub(crate) path_since: Now,
+    /// In use until then, unless traffic prolongs it.
+    pub(crate) wanted_until: Now,
+    /// The number in the last sealed message from the peer; only greater ones are accepted.
+    pub(crate) heard_number: u64,
+    /// The last time a lost session of the peer made us start a handshake.
+    pub(crate) revived: Option<Now>,
+}
+
+/// A handshake we started and that has not succeeded yet.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Handshake {
+    pub(crate) began: Now,
+    pub(crate) next: Now,
+    pub(crate) tries: usize,
+}
+
+impl Peer {
+    pub(crate) fn new(id: PeerId, identity: IdentityKey, wg: WgKey) -> Self {
+        Self { id, identity, wg, online: false, traffic: Arc::default(), talk: None }
+    }
+
+    /// When data last went either way.
+    pub(crate) fn last_data(&self) -> Option<Now> {
+        Traffic::stamp(&self.traffic.last_tx).max(Traffic::stamp(&self.traffic.last_rx))
+    }
+
+    pub(crate) fn stamps(&self) -> Stamps {
+        Stamps {
+            last_tx: Traffic::stamp(&self.traffic.last_tx),
+            last_rx_direct: Traffic::stamp(&self.traffic.last_rx_direct),
+            last_rx_relay: Traffic::stamp(&self.traffic.last_rx_relay),
+        }
+    }
+}
+
+impl Talk {
+    pub(crate) fn new(keys: ProbeKeys, agent: PathAgent, now: Now) -> Self {
+        Self {
+            keys,
+            agent,
+            tunnel: None,
+            index: 0,
+            handshake: None,
+            path: Path::Relay,
+            path_since: now,
+            wanted_until: Now::ZERO,
+            heard_number: 0,
+            revived: None,
+        }
+    }
+
+    /// In use now.
+    pub(crate) fn is_wanted(&self, now: Now) -> bool {
+        now < self.wanted_until
+    }
+}
+
+/// What agents leave behind, carried out by the planner.
+pub(crate) type Actions = VecDeque<crate::engine::path::agent::Action>;

@@ -18,6 +18,8 @@ pub struct Traffic {
     pub last_rx: AtomicU64,
     /// Last authenticated datagram, keepalives included, that came from the current direct address.
     pub last_rx_direct: AtomicU64,
+    /// Last authenticated datagram that came through the relay.
+    pub last_rx_relay: AtomicU64,
     /// Set by the planner while it watches this peer. A worker that finds it off sets it and sends `Notice::Active`.
     pub watched: AtomicBool,
 }
@@ -33,6 +35,16 @@ impl Traffic {
     pub fn received(&self, bytes: usize, now: Now) {
         self.rx_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         self.last_rx.store(now.0.max(1), Ordering::Relaxed);
+    }
+
+    /// Notes an authenticated datagram from the current direct address.
+    pub fn came_directly(&self, now: Now) {
+        self.last_rx_direct.store(now.0.max(1), Ordering::Relaxed);
+    }
+
+    /// Notes an authenticated datagram that came through the relay.
+    pub fn came_by_relay(&self, now: Now) {
+        self.last_rx_relay.store(now.0.max(1), Ordering::Relaxed);
     }
 
     /// True exactly once after the planner stopped watching.

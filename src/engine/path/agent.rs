@@ -1,0 +1,717 @@
+//! One peer's search for a direct path, and the watch over the one in use. A pure machine: the planner feeds it and
+//! carries out the [`Action`]s it leaves behind.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use rand::Rng;
+
+use crate::engine::io::{Path, SocketId};
+use crate::engine::path::reason::{Attempt, NatView};
+use crate::engine::path::reflexive::fresh_txid;
+use crate::time::Now;
+use crate::wire::probe::MessageKind;
+use crate::wire::stun::TransactionId;
+
+/// When probes go out after the start of a punch (nat.md 5.3). Halved or doubled gaps cost either latency or packets.
+const PUNCH_MS: [u64; 8] = [0, 20, 50, 100, 200, 400, 800, 1400];
+/// A punch without a path this long after its start has failed.
+const PUNCH_ENDS: Duration = Duration::from_millis(2400);
+/// Repetition of an unanswered call. Relay frames are rarely lost, but the peer may be about to connect.
+const CALL_RETRY: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(4)];
+/// The answering side starts by itself if the `go` was lost.
+const GO_TIMEOUT: Duration = Duration::from_millis(700);
+/// Waits between failed rounds while the peer is in use; the last one repeats.
+const BACKOFF_S: [u64; 6] = [3, 8, 20, 45, 120, 300];
+/// Waits between rounds that what is known of both NATs rules out.
+const HOPELESS_S: u64 = 600;
+/// Addresses of one peer tried at once: its candidates and those learned from its probes.
+const MAX_REMOTES: usize = 24;
+/// Probes that may be under way at once; older ones are forgotten first.
+const MAX_IN_FLIGHT: usize = 96;
+/// A probe unanswered for so long is lost.
+const PROBE_LIFETIME: Duration = Duration::from_secs(3);
+/// A remote is probed in answer to its own probe at most this often.
+const TRIGGERED_GAP: Duration = Duration::from_millis(50);
+/// A small answer is followed by probes of data size this often, and this many times.
+const CONFIRM_GAP: Duration = Duration::from_millis(150);
+const CONFIRM_TRIES: u8 = 8;
+/// Nothing sent for so long on a direct path: probe, so that the NATs keep their mappings. Linux forgets a flow that
+/// was one-way for long after 30 s (nat.md, finding 7).
+const KEEPALIVE: Duration = Duration::from_secs(15);
+/// Silence after which a path that carries our data is asked, in multiples of its round trip and at least.
+const QUIET_RTTS: u32 = 3;
+const QUIET_MIN: Duration = Duration::from_millis(300);
+/// An unanswered question puts the path in doubt: data goes both ways.
+const DOUBT_AFTER: Duration = Duration::from_millis(120);
+/// A path in doubt for so long is dead.
+const DEAD_AFTER: Duration = Duration::from_millis(600);
+/// Gap between questions on a doubted path.
+const DOUBT_PROBE_GAP: Duration = Duration::from_millis(100);
+/// Another path must be better by both of these to take over (hysteresis).
+const BETTER_BY: Duration = Duration::from_millis(5);
+const BETTER_PERCENT: u32 = 10;
+/// Probe answers one peer can draw from us: a burst, and so many a second.
+const ANSWER_BURST: u32 = 120;
+const ANSWERS_PER_SECOND: u32 = 60;
+
+/// What the planner is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Action {
+    /// Send a path probe.
+    Probe { txid: TransactionId, to: SocketAddr, full_size: bool },
+    /// Seal a message to the peer and send it through the relay. The planner adds candidates and NAT view.
+    Tell { kind: MessageKind, round: u32, t: Option<u64>, echo: Option<u64> },
+    /// Use this path from now on.
+    Select(Path),
+}
+
+/// What the agent needs of its surroundings to act.
+pub(crate) struct Context<'a, R: Rng> {
+    pub(crate) now: Now,
+    pub(crate) rng: &'a mut R,
+    pub(crate) tx_prefix: [u8; 4],
+    pub(crate) actions: &'a mut VecDeque<Action>,
+}
+
+/// The stamps of a peer's traffic, as the agent judges paths by.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Stamps {
+    pub(crate) last_tx: Option<Now>,
+    pub(crate) last_rx_direct: Option<Now>,
+    pub(crate) last_rx_relay: Option<Now>,
+}
+
+/// One peer's paths.
+#[derive(Debug)]
+pub(crate) struct PathAgent {
+    /// Our key sorts before the peer's: our call wins over a simultaneous one of the peer.
+    wins_ties: bool,
+    remotes: Vec<Remote>,
+    stage: Stage,
+    round: u32,
+    failures: usize,
+    next_round: Option<Now>,
+    in_flight: VecDeque<InFlight>,
+    current: Option<Current>,
+    pub(crate) relay_rtt: Option<Duration>,
+    pub(crate) theirs: NatView,
+    answers_left: u32,
+    answers_refilled: Now,
+    full_size_lost: bool,
+    awake: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Idle,
+    /// Call to be sent as soon as our own candidates are fresh.
+    ToCall,
+    /// Call sent; waiting for the answer.
+    Called {
+        at: Now,
+        tries: usize,
+        next: Now,
+    },
+    /// The peer called; our answer goes out as soon as our own candidates are fresh.
+    ToAnswer {
+        t: Option<u64>,
+        since: Now,
+    },
+    /// Answered; waiting for the go.
+    Answered {
+        at: Now,
+    },
+    /// Punching.
+    Punching {
+        start: Now,
+        step: usize,
+    },
+}
+
+#[derive(Debug)]
+struct Remote {
+    addr: SocketAddr,
+    /// On a network this machine is attached to: probed first, preferred.
+    near: bool,
+    rtt: Option<Duration>,
+    last_sent: Option<Now>,
+    last_pong: Option<Now>,
+    /// Our full-size probe came back.
+    proven: Option<Now>,
+    last_full: Option<Now>,
+    full_tries: u8,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    txid: TransactionId,
+    to: SocketAddr,
+    sent: Now,
+    full_size: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Current {
+    addr: SocketAddr,
+    since: Now,
+    rtt: Duration,
+    last_pong: Now,
+    last_probe: Now,
+    doubt: Option<Doubt>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Doubt {
+    since: Now,
+    /// Data goes both ways already.
+    both: bool,
+}
+
+impl PathAgent {
+    pub(crate) fn new(wins_ties: bool, now: Now) -> Self {
+        Self {
+            wins_ties,
+            remotes: Vec::new(),
+            stage: Stage::Idle,
+            round: 0,
+            failures: 0,
+            next_round: None,
+            in_flight: VecDeque::new(),
+            current: None,
+            relay_rtt: None,
+            theirs: NatView::default(),
+            answers_left: ANSWER_BURST,
+            answers_refilled: now,
+            full_size_lost: false,
+            awake: false,
+        }
+    }
+
+    // ---- what the planner asks -----------------------------------------------------------------------------------
+
+    /// The address in use, when it was chosen, and its round trip.
+    pub(crate) fn direct(&self) -> Option<(SocketAddr, Now, Duration)> {
+        self.current.map(|c| (c.addr, c.since, c.rtt))
+    }
+
+    /// Whether a call or an answer waits for fresh candidates of our own.
+    pub(crate) const fn waits_for_candidates(&self) -> bool {
+        matches!(self.stage, Stage::ToCall | Stage::ToAnswer { .. })
+    }
+
+    /// Whether this transaction is a probe of ours that may still be answered.
+    pub(crate) fn sent(&self, txid: &TransactionId) -> bool {
+        self.in_flight.iter().any(|p| p.txid == *txid)
+    }
+
+    /// How far the search is.
+    pub(crate) const fn attempt(&self) -> Attempt {
+        match self.stage {
+            Stage::ToCall | Stage::Called { .. } => Attempt::Waiting,
+            Stage::ToAnswer { .. } | Stage::Answered { .. } | Stage::Punching { .. } => Attempt::Running,
+            Stage::Idle => Attempt::Failed { full_size_lost: self.full_size_lost },
+        }
+    }
+
+    /// When the agent wants to be ticked next.
+    pub(crate) fn next_deadline(&self, last_tx: Option<Now>, now: Now) -> Option<Now> {
+        let stage = match self.stage {
+            Stage::Idle => self.next_round.filter(|_| self.awake),
+            // The planner ticks these when candidates are fresh.
+            Stage::ToCall | Stage::ToAnswer { .. } => None,
+            Stage::Called { next, .. } => Some(next),
+            Stage::Answered { at } => Some(at + GO_TIMEOUT),
+            Stage::Punching { start, step } => Some(match PUNCH_MS.get(step) {
+                Some(ms) => start + Duration::from_millis(*ms),
+                None => start + PUNCH_ENDS,
+            }),
+        };
+        let confirm = self.remotes.iter().filter(|r| r.wants_confirmation(now)).map(Remote::next_confirmation).min();
+        let watch = self.current.filter(|_| self.awake).map(|c| match c.doubt {
+            Some(doubt) if !doubt.both => (doubt.since + DOUBT_AFTER).min(c.last_probe + DOUBT_PROBE_GAP),
+            Some(doubt) => (doubt.since + DEAD_AFTER).min(c.last_probe + DOUBT_PROBE_GAP),
+            None => {
+                let keepalive = c.last_probe.max(c.last_pong) + KEEPALIVE;
+                // While data flows, look often enough to leave a dead path within a second.
+                match last_tx {
+                    Some(tx) if now.since(tx) < Duration::from_secs(2) => {
+                        keepalive.min(now + Duration::from_millis(100))
+                    }
+                    _ => keepalive.min(now + Duration::from_secs(1)),
+                }
+            }
+        });
+        [stage, confirm, watch].into_iter().flatten().min()
+    }
+
+    // ---- what happens --------------------------------------------------------------------------------------------
+
+    /// The peer is in use: look for a direct path if there is none.
+    pub(crate) fn wake(&mut self, now: Now) {
+        self.awake = true;
+        if self.current.is_none() && self.stage == Stage::Idle && self.next_round.is_none_or(|at| at <= now) {
+            self.stage = Stage::ToCall;
+        }
+    }
+
+    /// The peer is not in use any more: no packet goes to it on our account.
+    pub(crate) fn sleep<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        self.awake = false;
+        self.stage = Stage::Idle;
+        self.next_round = None;
+        self.failures = 0;
+        self.remotes.clear();
+        self.in_flight.clear();
+        if self.current.take().is_some() {
+            cx.actions.push_back(Action::Select(Path::Relay));
+        }
+    }
+
+    /// The network around this node changed: what was proven is doubtful, what failed may work now.
+    pub(crate) fn network_changed<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        self.failures = 0;
+        self.next_round = None;
+        for remote in &mut self.remotes {
+            remote.forget();
+        }
+        if let Some(current) = &mut self.current {
+            current.doubt = Some(Doubt { since: cx.now, both: true });
+            let (addr, path) = (current.addr, both(current.addr));
+            cx.actions.push_back(Action::Select(path));
+            self.probe(addr, true, cx);
+        }
+        if self.awake {
+            self.stage = Stage::ToCall;
+        }
+    }
+
+    /// Addresses worth trying without asking the peer first, such as the one that worked last time.
+    pub(crate) fn try_remembered<R: Rng>(&mut self, addr: SocketAddr, near: bool, cx: &mut Context<'_, R>) {
+        if self.learn(addr, near) {
+            self.probe(addr, false, cx);
+        }
+    }
+
+    /// Our own candidates are fresh: a waiting call or answer goes out.
+    pub(crate) fn candidates_ready<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        match self.stage {
+            Stage::ToCall => {
+                self.round = self.round.wrapping_add(1);
+                self.stage = Stage::Called { at: cx.now, tries: 0, next: cx.now + CALL_RETRY[0] };
+                self.tell(MessageKind::Call, Some(cx.now.0), None, cx);
+            }
+            Stage::ToAnswer { t, since } => {
+                let held = u64::try_from(cx.now.since(since).as_micros()).unwrap_or(u64::MAX);
+                self.stage = Stage::Answered { at: cx.now };
+                self.tell(MessageKind::Answer, Some(held), t, cx);
+            }
+            Stage::Idle | Stage::Called { .. } | Stage::Answered { .. } | Stage::Punching { .. } => {}
+        }
+    }
+
+    /// The peer sent its candidates (already filtered), each with whether it is on a network of ours.
+    pub(crate) fn heard_candidates(&mut self, candidates: &[(SocketAddr, bool)], theirs: NatView) {
+        self.theirs = theirs;
+        let current = self.current.map(|c| c.addr);
+        // The newest list replaces older ones; what has answered lately stays.
+        self.remotes.retain(|r| {
+            Some(r.addr) == current || r.last_pong.is_some() || candidates.iter().any(|(addr, _)| *addr == r.addr)
+        });
+        for (addr, near) in candidates {
+            self.learn(*addr, *near);
+        }
+    }
+
+    /// The peer called.
+    pub(crate) fn heard_call<R: Rng>(&mut self, round: u32, t: Option<u64>, cx: &mut Context<'_, R>) {
+        if self.wins_ties && matches!(self.stage, Stage::Called { .. }) {
+            return; // it will answer our call
+        }
+        self.awake = true;
+        self.round = round;
+        self.stage = Stage::ToAnswer { t, since: cx.now };
+    }
+
+    /// The peer answered our call.
+    pub(crate) fn heard_answer<R: Rng>(
+        &mut self,
+        round: u32,
+        held: Option<u64>,
+        echo: Option<u64>,
+        cx: &mut Context<'_, R>,
+    ) {
+        let Stage::Called { at, .. } = self.stage else { return };
+        if round != self.round {
+            return;
+        }
+        let asked = echo.map_or(at, Now).max(at);
+        let rtt = cx.now.since(asked).saturating_sub(Duration::from_micros(held.unwrap_or(0)));
+        self.relay_rtt = Some(rtt);
+        self.tell(MessageKind::Go, None, None, cx);
+        self.stage = Stage::Punching { start: cx.now + rtt / 2, step: 0 };
+    }
+
+    /// The caller says go.
+    pub(crate) fn heard_go<R: Rng>(&mut self, round: u32, cx: &mut Context<'_, R>) {
+        if matches!(self.stage, Stage::Answered { .. }) && round == self.round {
+            self.stage = Stage::Punching { start: cx.now, step: 0 };
+            self.tick(Stamps::default(), cx);
+        }
+    }
+
+    /// Whether one more probe of this peer may be answered now.
+    pub(crate) fn may_answer(&mut self, now: Now) -> bool {
+        let earned = now.since(self.answers_refilled).as_millis() * u128::from(ANSWERS_PER_SECOND) / 1000;
+        if earned > 0 {
+            self.answers_left =
+                u32::try_from(earned).unwrap_or(u32::MAX).saturating_add(self.answers_left).min(ANSWER_BURST);
+            self.answers_refilled = now;
+        }
+        let may = self.answers_left > 0;
+        self.answers_left = self.answers_left.saturating_sub(1);
+        may
+    }
+
+    /// An authenticated probe of the peer came from `from` (and was answered). A new address is peer-reflexive (RFC 8445
+    /// section 7.3.1.3); any is probed back (a triggered check, section 7.3.1.4).
+    pub(crate) fn heard_probe<R: Rng>(&mut self, from: SocketAddr, near: bool, cx: &mut Context<'_, R>) {
+        if !self.awake {
+            return;
+        }
+        self.learn(from, near);
+        let Some(remote) = self.remote_mut(from) else { return };
+        let pinged_lately = remote.last_sent.is_some_and(|at| cx.now.since(at) < TRIGGERED_GAP);
+        let known_good = remote.proven.is_some_and(|at| cx.now.since(at) < KEEPALIVE);
+        if !pinged_lately && !known_good {
+            self.probe(from, false, cx);
+        }
+    }
+
+    /// Authenticated data came from an address that is not the current one: the peer moved, perhaps.
+    pub(crate) fn heard_data_from<R: Rng>(&mut self, from: SocketAddr, near: bool, cx: &mut Context<'_, R>) {
+        self.learn(from, near);
+        if let Some(remote) = self.remote_mut(from) {
+            remote.full_tries = 0;
+        }
+        self.probe(from, true, cx);
+    }
+
+    /// One of our probes was answered, from the address it went to. Returns whether the probe was ours.
+    pub(crate) fn heard_answer_to_probe<R: Rng>(
+        &mut self,
+        txid: &TransactionId,
+        from: SocketAddr,
+        full_size: bool,
+        cx: &mut Context<'_, R>,
+    ) -> bool {
+        let Some(position) = self.in_flight.iter().position(|p| p.txid == *txid && p.to == from) else { return false };
+        let Some(probe) = self.in_flight.remove(position) else { return false };
+        let rtt = cx.now.since(probe.sent);
+        let proves = probe.full_size && full_size;
+        if let Some(current) = self.current.as_mut().filter(|c| c.addr == from) {
+            current.last_pong = cx.now;
+            current.rtt = (current.rtt * 7 + rtt) / 8;
+            if current.doubt.take().is_some_and(|d| d.both) {
+                cx.actions.push_back(Action::Select(direct(from)));
+            }
+        }
+        let Some(remote) = self.remote_mut(from) else { return true };
+        remote.last_pong = Some(cx.now);
+        remote.rtt = Some(remote.rtt.map_or(rtt, |old| old.min(rtt)));
+        if proves {
+            remote.proven = Some(cx.now);
+            remote.full_tries = 0;
+            self.consider(from, rtt, cx);
+        } else if remote.proven.is_none() {
+            self.confirm(from, cx);
+        }
+        true
+    }
+
+    /// A deadline passed, or the stamps are worth a look.
+    pub(crate) fn tick<R: Rng>(&mut self, stamps: Stamps, cx: &mut Context<'_, R>) {
+        let now = cx.now;
+        while self.in_flight.front().is_some_and(|p| now.since(p.sent) > PROBE_LIFETIME) {
+            self.in_flight.pop_front();
+        }
+        self.watch(stamps, cx);
+        let unconfirmed: Vec<SocketAddr> = self
+            .remotes
+            .iter()
+            .filter(|r| r.wants_confirmation(now) && r.next_confirmation() <= now)
+            .map(|r| r.addr)
+            .collect();
+        for addr in unconfirmed {
+            self.confirm(addr, cx);
+        }
+        match self.stage {
+            Stage::Idle => {
+                if self.awake && self.current.is_none() && self.next_round.is_some_and(|at| at <= now) {
+                    self.next_round = None;
+                    self.stage = Stage::ToCall;
+                }
+            }
+            Stage::Called { at, tries, next } if next <= now => match CALL_RETRY.get(tries + 1) {
+                Some(wait) => {
+                    self.stage = Stage::Called { at, tries: tries + 1, next: now + *wait };
+                    self.tell(MessageKind::Call, Some(now.0), None, cx);
+                }
+                None => self.round_failed(now),
+            },
+            Stage::Answered { at } if at + GO_TIMEOUT <= now => {
+                self.stage = Stage::Punching { start: now, step: 0 };
+                self.punch(cx);
+            }
+            Stage::Punching { .. } => self.punch(cx),
+            Stage::ToCall | Stage::Called { .. } | Stage::ToAnswer { .. } | Stage::Answered { .. } => {}
+        }
+    }
+
+    /// The profiles of both NATs changed: a sleeping hopeless pair may try again.
+    pub(crate) fn profile_changed(&mut self, now: Now) {
+        if self.awake && self.current.is_none() {
+            self.failures = 0;
+            self.next_round = Some(now);
+        }
+    }
+
+    /// What is known of both NATs rules a plain punch out: wait long before trying again.
+    pub(crate) fn is_hopeless(&mut self, now: Now) {
+        if self.stage == Stage::Idle && self.current.is_none() && self.failures > 0 {
+            self.next_round = self.next_round.map(|at| at.max(now + Duration::from_secs(HOPELESS_S)));
+        }
+    }
+
+    // ---- how -----------------------------------------------------------------------------------------------------
+
+    fn punch<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        let Stage::Punching { start, mut step } = self.stage else { return };
+        let mut due = false;
+        while PUNCH_MS.get(step).is_some_and(|ms| start + Duration::from_millis(*ms) <= cx.now) {
+            step += 1;
+            due = true;
+        }
+        self.stage = Stage::Punching { start, step };
+        if due {
+            // Once a path is proven only what answered is measured further: no probes into the void.
+            let settled = self.current.is_some_and(|c| c.doubt.is_none());
+            let mut order: Vec<(bool, SocketAddr)> = self
+                .remotes
+                .iter()
+                .filter(|r| r.proven.is_none() && (!settled || r.last_pong.is_some()))
+                .map(|r| (!r.near, r.addr))
+                .collect();
+            order.sort();
+            for (_, addr) in order {
+                self.probe(addr, false, cx);
+            }
+        }
+        if start + PUNCH_ENDS <= cx.now {
+            if self.current.is_some() {
+                self.stage = Stage::Idle;
+                self.failures = 0;
+                self.next_round = None;
+            } else {
+                self.round_failed(cx.now);
+            }
+        }
+    }
+
+    fn round_failed(&mut self, now: Now) {
+        self.stage = Stage::Idle;
+        self.full_size_lost = self.remotes.iter().any(|r| r.last_pong.is_some() && r.proven.is_none());
+        let wait = BACKOFF_S.get(self.failures).or(BACKOFF_S.last()).copied().unwrap_or(HOPELESS_S);
+        self.failures += 1;
+        // Two sides that failed together must not call together: the tie winner goes first.
+        let shift = if self.wins_ties { 0 } else { 1500 };
+        self.next_round = Some(now + Duration::from_millis(wait * 1000 + shift));
+        let current = self.current.map(|c| c.addr);
+        self.remotes.retain(|r| Some(r.addr) == current || r.last_pong.is_some());
+        for remote in &mut self.remotes {
+            remote.full_tries = 0;
+        }
+    }
+
+    /// Is the path in use alive?
+    fn watch<R: Rng>(&mut self, stamps: Stamps, cx: &mut Context<'_, R>) {
+        let now = cx.now;
+        let Some(current) = self.current else { return };
+        let heard = current.last_pong.max(stamps.last_rx_direct.unwrap_or(Now::ZERO));
+        match current.doubt {
+            None => {
+                let quiet = (current.rtt * QUIET_RTTS).max(QUIET_MIN);
+                let sending_into_silence = stamps.last_tx.is_some_and(|tx| tx > heard && now.since(heard) > quiet);
+                // The peer's packets come by the relay although ours go directly: it may have lost this path.
+                let peer_left = stamps.last_rx_relay.is_some_and(|rx| {
+                    rx > heard && now.since(heard) > quiet && rx > current.since + Duration::from_millis(500)
+                });
+                let keepalive_due = self.awake && now.since(current.last_probe.max(current.last_pong)) >= KEEPALIVE;
+                if sending_into_silence || peer_left {
+                    self.doubt(false, now);
+                    self.probe(current.addr, false, cx);
+                } else if keepalive_due {
+                    self.probe(current.addr, false, cx);
+                    // An unanswered keepalive must raise doubt too.
+                    self.doubt(false, now);
+                }
+            }
+            // A doubt is settled by an answer to a probe, or by data that came after it arose.
+            Some(doubt) if heard > doubt.since => {
+                if let Some(c) = &mut self.current {
+                    c.doubt = None;
+                }
+                if doubt.both {
+                    cx.actions.push_back(Action::Select(direct(current.addr)));
+                }
+            }
+            Some(doubt) => {
+                let patience = DOUBT_AFTER.max(current.rtt * 2);
+                if now.since(doubt.since) >= DEAD_AFTER.max(current.rtt * 5) {
+                    self.lost(cx);
+                    return;
+                }
+                if !doubt.both && now.since(doubt.since) >= patience {
+                    self.doubt(true, now);
+                    cx.actions.push_back(Action::Select(both(current.addr)));
+                }
+                if now.since(current.last_probe) >= DOUBT_PROBE_GAP {
+                    self.probe(current.addr, false, cx);
+                }
+            }
+        }
+    }
+
+    fn doubt(&mut self, both: bool, now: Now) {
+        if let Some(current) = &mut self.current {
+            let since = current.doubt.map_or(now, |d| d.since);
+            current.doubt = Some(Doubt { since, both });
+        }
+    }
+
+    fn lost<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        let Some(current) = self.current.take() else { return };
+        self.remotes.retain(|r| r.addr != current.addr);
+        for remote in &mut self.remotes {
+            remote.forget();
+        }
+        cx.actions.push_back(Action::Select(Path::Relay));
+        self.failures = 0;
+        self.full_size_lost = false;
+        if matches!(self.stage, Stage::Idle) {
+            self.next_round = Some(cx.now + Duration::from_millis(if self.wins_ties { 50 } else { 400 }));
+        }
+    }
+
+    /// A path is proven both ways: is it the one to use?
+    fn consider<R: Rng>(&mut self, addr: SocketAddr, rtt: Duration, cx: &mut Context<'_, R>) {
+        let near = self.remotes.iter().any(|r| r.addr == addr && r.near);
+        let better = match &self.current {
+            None => true,
+            Some(c) if c.addr == addr => false,
+            Some(c) if c.doubt.is_some() => true,
+            Some(c) => {
+                let current_near = self.remotes.iter().any(|r| r.addr == c.addr && r.near);
+                let clearly = rtt + BETTER_BY < c.rtt && rtt * 100 < c.rtt * (100 - BETTER_PERCENT);
+                (near && !current_near && rtt <= c.rtt + BETTER_BY) || (clearly && near >= current_near)
+            }
+        };
+        if better {
+            self.current =
+                Some(Current { addr, since: cx.now, rtt, last_pong: cx.now, last_probe: cx.now, doubt: None });
+            self.full_size_lost = false;
+            self.failures = 0;
+            self.next_round = None;
+            cx.actions.push_back(Action::Select(direct(addr)));
+        }
+    }
+
+    fn confirm<R: Rng>(&mut self, addr: SocketAddr, cx: &mut Context<'_, R>) {
+        if let Some(remote) = self.remote_mut(addr) {
+            if remote.full_tries >= CONFIRM_TRIES || remote.last_full.is_some_and(|at| cx.now.since(at) < CONFIRM_GAP) {
+                return;
+            }
+            self.probe(addr, true, cx);
+        }
+    }
+
+    fn probe<R: Rng>(&mut self, to: SocketAddr, full_size: bool, cx: &mut Context<'_, R>) {
+        let txid = fresh_txid(cx.tx_prefix, cx.rng);
+        if self.in_flight.len() >= MAX_IN_FLIGHT {
+            self.in_flight.pop_front();
+        }
+        self.in_flight.push_back(InFlight { txid, to, sent: cx.now, full_size });
+        if let Some(remote) = self.remote_mut(to) {
+            remote.last_sent = Some(cx.now);
+            if full_size {
+                remote.last_full = Some(cx.now);
+                remote.full_tries = remote.full_tries.saturating_add(1);
+            }
+        }
+        if let Some(current) = self.current.as_mut().filter(|c| c.addr == to) {
+            current.last_probe = cx.now;
+        }
+        cx.actions.push_back(Action::Probe { txid, to, full_size });
+    }
+
+    fn tell<R: Rng>(&self, kind: MessageKind, t: Option<u64>, echo: Option<u64>, cx: &mut Context<'_, R>) {
+        cx.actions.push_back(Action::Tell { kind, round: self.round, t, echo });
+    }
+
+    /// Remembers an address; false if there is no room.
+    fn learn(&mut self, addr: SocketAddr, near: bool) -> bool {
+        if self.remotes.iter().any(|r| r.addr == addr) {
+            return true;
+        }
+        if self.remotes.len() >= MAX_REMOTES {
+            let current = self.current.map(|c| c.addr);
+            let Some(spare) = self.remotes.iter().position(|r| r.last_pong.is_none() && Some(r.addr) != current) else {
+                return false;
+            };
+            self.remotes.remove(spare);
+        }
+        self.remotes.push(Remote {
+            addr,
+            near,
+            rtt: None,
+            last_sent: None,
+            last_pong: None,
+            proven: None,
+            last_full: None,
+            full_tries: 0,
+        });
+        true
+    }
+
+    fn remote_mut(&mut self, addr: SocketAddr) -> Option<&mut Remote> {
+        self.remotes.iter_mut().find(|r| r.addr == addr)
+    }
+}
+
+impl Remote {
+    /// It answered a small probe lately, but none of data size yet.
+    fn wants_confirmation(&self, now: Now) -> bool {
+        self.proven.is_none()
+            && self.full_tries < CONFIRM_TRIES
+            && self.last_pong.is_some_and(|at| now.since(at) < PROBE_LIFETIME)
+    }
+
+    fn next_confirmation(&self) -> Now {
+        self.last_full.map_or(Now::ZERO, |at| at + CONFIRM_GAP)
+    }
+
+    fn forget(&mut self) {
+        self.proven = None;
+        self.last_pong = None;
+        self.full_tries = 0;
+    }
+}
+
+const fn direct(remote: SocketAddr) -> Path {
+    Path::Direct { socket: SocketId::for_remote(&remote), remote }
+}
+
+const fn both(remote: SocketAddr) -> Path {
+    Path::Both { socket: SocketId::for_remote(&remote), remote }
+}

@@ -1,0 +1,92 @@
+//! Addresses a node may be reached at.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+
+use crate::engine::io::LocalAddress;
+use crate::wire::probe::{Candidate, CandidateKind, MAX_CANDIDATES};
+
+/// The candidates to tell peers: reflexive first, then the machine's own addresses, at most [`MAX_CANDIDATES`].
+#[must_use]
+pub fn gather(
+    reflexive: &[SocketAddr],
+    local: &[LocalAddress],
+    port_v4: Option<u16>,
+    port_v6: Option<u16>,
+    mesh: &[IpNet],
+) -> Vec<Candidate> {
+    let hosts = local.iter().filter_map(|a| {
+        let port = if a.ip.is_ipv4() { port_v4 } else { port_v6 }?;
+        Some(SocketAddr::new(a.ip, port))
+    });
+    let mut out: Vec<Candidate> = Vec::new();
+    let reflexive = reflexive.iter().map(|addr| (CandidateKind::Reflexive, *addr));
+    for (kind, addr) in reflexive.chain(hosts.map(|addr| (CandidateKind::Host, addr))) {
+        if out.len() < MAX_CANDIDATES && usable(&addr, mesh) && !out.iter().any(|c| c.addr == addr) {
+            out.push(Candidate { addr, kind });
+        }
+    }
+    out
+}
+
+/// Whether an address may be probed at all: a unicast address outside the mesh (the tunnel never runs inside itself).
+#[must_use]
+pub fn usable(addr: &SocketAddr, mesh: &[IpNet]) -> bool {
+    let ip = addr.ip().to_canonical();
+    let special = match ip {
+        IpAddr::V4(v4) => v4.is_broadcast() || v4.octets()[0] == 0 || v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    addr.port() != 0
+        && !special
+        && !ip.is_loopback()
+        && !ip.is_multicast()
+        && !ip.is_unspecified()
+        && !mesh.iter().any(|net| net.contains(&ip))
+}
+
+/// Whether `addr` is on a network this machine is attached to.
+#[must_use]
+pub fn on_link(addr: &SocketAddr, local: &[LocalAddress]) -> bool {
+    local.iter().any(|a| IpNet::new(a.ip, a.prefix_len).is_ok_and(|net| net.contains(&addr.ip())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_unicast_addresses_outside_the_mesh_are_usable() {
+        let mesh: Vec<IpNet> = vec!["100.71.0.0/16".parse().unwrap()];
+        for good in ["203.0.113.7:1", "192.168.1.2:50000", "[2001:db8::1]:9", "100.64.3.4:5"] {
+            assert!(usable(&good.parse().unwrap(), &mesh), "{good}");
+        }
+        for bad in [
+            "203.0.113.7:0",
+            "100.71.0.2:5",
+            "127.0.0.1:5",
+            "224.0.0.1:5",
+            "255.255.255.255:5",
+            "0.0.0.0:5",
+            "169.254.1.1:5",
+            "[fe80::1]:5",
+            "[::1]:5",
+            "[ff02::1]:5",
+            "[::ffff:100.71.0.2]:5",
+        ] {
+            assert!(!usable(&bad.parse().unwrap(), &mesh), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_list_is_capped_deduplicated_and_reflexive_first() {
+        let local: Vec<LocalAddress> =
+            (1..40).map(|i| LocalAddress { ip: IpAddr::from([10, 0, 0, i]), prefix_len: 24 }).collect();
+        let reflexive: SocketAddr = "203.0.113.7:50112".parse().unwrap();
+        let list = gather(&[reflexive, reflexive], &local, Some(50112), None, &[]);
+        assert_eq!(list.len(), MAX_CANDIDATES);
+        assert_eq!(list[0], Candidate { addr: reflexive, kind: CandidateKind::Reflexive });
+        assert_eq!(list.iter().filter(|c| c.kind == CandidateKind::Reflexive).count(), 1);
+    }
+}

@@ -1,0 +1,440 @@
+//! Candidates, rounds and probes: the planner's side of the path agents.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use rand::Rng;
+use rand::rngs::StdRng;
+
+use crate::engine::drops::Drop;
+use crate::engine::io::{Event, LocalAddress, Output, Path, PeerId, SocketId, Update, Via};
+use crate::engine::path::agent::{Action, Context, PathAgent};
+use crate::engine::path::candidate::{gather, on_link, usable};
+use crate::engine::path::reason::{NatView, behaviour, hopeless};
+use crate::engine::path::reflexive::{FRESH, Question};
+use crate::engine::peer::Actions;
+use crate::engine::planner::sessions::IN_USE_COMMAND;
+use crate::engine::planner::{Planner, Why};
+use crate::wire::local::Netcheck;
+use crate::wire::probe::{self, Candidate, MessageKind, PeerMessage};
+use crate::wire::stun::{self, Change};
+
+/// UDP payload of a probe of data size: an inner packet of 1,280 bytes (the tunnel's MTU) with WireGuard's 32.
+pub(super) const FULL_SIZE: usize = 1280 + 32;
+/// A call or an answer waits this long for fresh reflexive addresses, then goes out with what is known.
+const STUN_PATIENCE: Duration = Duration::from_millis(250);
+
+impl Planner {
+    // ---- driving agents ------------------------------------------------------------------------------------------
+
+    /// Lets the peer's agent do something and carries out what it decides.
+    pub(super) fn with_agent<T>(
+        &mut self,
+        id: PeerId,
+        act: impl FnOnce(&mut PathAgent, &dyn Fn(&SocketAddr) -> bool, &mut Context<'_, StdRng>) -> T,
+    ) -> Option<T> {
+        let now = self.now;
+        let tx_prefix = self.tx_prefix;
+        let addresses = &self.addresses;
+        let talk = self.peers.get_mut(id.0 as usize).and_then(Option::as_mut)?.talk.as_deref_mut()?;
+        let mut actions = Actions::new();
+        let mut cx = Context { now, rng: &mut self.rng, tx_prefix, actions: &mut actions };
+        let result = act(&mut talk.agent, &|addr| on_link(addr, addresses), &mut cx);
+        for action in actions {
+            self.carry_out(id, action);
+        }
+        self.advance_path(id);
+        Some(result)
+    }
+
+    /// Lets a waiting call or answer go out if it can, and sets the agent's timer.
+    pub(super) fn advance_path(&mut self, id: PeerId) {
+        let now = self.now;
+        let Some(peer) = self.peer(id) else { return };
+        let Some(talk) = peer.talk.as_deref() else { return };
+        if talk.agent.waits_for_candidates() {
+            if self.reflexive.is_fresh(now) && !self.reflexive.is_asking() {
+                self.awaiting_stun.remove(&id);
+                self.with_agent(id, |agent, _, cx| agent.candidates_ready(cx));
+            } else if !self.awaiting_stun.contains_key(&id) {
+                self.awaiting_stun.insert(id, now + STUN_PATIENCE);
+                self.ask_stun();
+                self.schedule_awaiting();
+            }
+            return;
+        }
+        let last_tx = peer.stamps().last_tx;
+        let next = talk.agent.next_deadline(last_tx, now);
+        // Never in the past: an agent that has nothing to do now is looked at again a little later.
+        self.timers.set(Why::Path(id), next.map(|at| at.max(now + Duration::from_millis(1))));
+    }
+
+    pub(super) fn path_due(&mut self, id: PeerId) {
+        let Some(stamps) = self.peer(id).map(|p| p.stamps()) else { return };
+        self.with_agent(id, |agent, _, cx| agent.tick(stamps, cx));
+        let mine = self.nat.clone();
+        self.with_agent(id, |agent, _, cx| {
+            if hopeless(&mine, &agent.theirs) {
+                agent.is_hopeless(cx.now);
+            }
+        });
+    }
+
+    fn carry_out(&mut self, id: PeerId, action: Action) {
+        match action {
+            Action::Probe { txid, to, full_size } => {
+                let Some(talk) = self.peer(id).and_then(|p| p.talk.as_deref()) else { return };
+                let bytes = probe::encode_request(&talk.keys, &txid, full_size.then_some(FULL_SIZE));
+                self.send(Via::Udp { socket: SocketId::for_remote(&to), remote: to }, bytes);
+            }
+            Action::Tell { kind, round, t, echo } => self.tell(id, kind, round, t, echo),
+            Action::Select(path) => self.select(id, path),
+        }
+    }
+
+    fn select(&mut self, id: PeerId, path: Path) {
+        let now = self.now;
+        let Some(peer) = self.peer_mut(id) else { return };
+        let key = peer.wg;
+        let Some(talk) = peer.talk.as_deref_mut() else { return };
+        if talk.path == path {
+            return;
+        }
+        let endpoint = |path: &Path| match path {
+            Path::Direct { remote, .. } | Path::Both { remote, .. } => Some(*remote),
+            Path::None | Path::Relay => None,
+        };
+        // Doubt about a path is not a change of path.
+        let is_change = endpoint(&talk.path) != endpoint(&path);
+        talk.path = path;
+        if is_change {
+            talk.path_since = now;
+        }
+        if let Some(remote) = endpoint(&path) {
+            self.last_endpoints.insert(key, remote);
+        }
+        self.update(Update::Path { peer: id, path });
+        if is_change {
+            let kind = if endpoint(&path).is_some() { "direct" } else { "relay" };
+            tracing::info!(peer = id.0, path = kind, "path changed");
+            self.outputs.push_back(Output::Event(Event::PathChanged { peer: id, key, path }));
+        }
+    }
+
+    /// Seals a message to the peer and sends it through the relay.
+    fn tell(&mut self, id: PeerId, kind: MessageKind, round: u32, t: Option<u64>, echo: Option<u64>) {
+        let candidates = match kind {
+            MessageKind::Call | MessageKind::Answer => self.candidates(),
+            MessageKind::Go => Vec::new(),
+        };
+        let number = self.next_number;
+        self.next_number += 1;
+        let message = PeerMessage {
+            v: crate::wire::version::PEER,
+            n: number,
+            kind,
+            round,
+            t,
+            echo,
+            candidates,
+            mapping: self.nat.mapping.clone(),
+            filtering: self.nat.filtering.clone(),
+            udp: self.nat.udp,
+        };
+        let mut nonce = [0u8; 24];
+        self.rng.fill_bytes(&mut nonce);
+        let Some(peer) = self.peer(id) else { return };
+        let Some(talk) = peer.talk.as_deref() else { return };
+        let via = Via::Relay { peer: peer.wg };
+        let bytes = probe::seal(&talk.keys, &message, nonce);
+        self.send(via, bytes);
+    }
+
+    fn candidates(&self) -> Vec<Candidate> {
+        gather(&self.reflexive.addresses(), &self.addresses, self.port_v4, self.port_v6, &self.mesh)
+    }
+
+    // ---- what comes from peers -----------------------------------------------------------------------------------
+
+    /// A sealed message: candidates and the steps of a round.
+    pub(super) fn handle_sealed(&mut self, via: &Via, bytes: &[u8]) {
+        let id = match via {
+            Via::Relay { peer } => self.by_wg.get(peer).copied(),
+            Via::Udp { .. } => probe::sealed_name(bytes).and_then(|name| self.by_name.get(&name).copied()),
+        };
+        let Some(id) = id.filter(|id| self.ensure_talk(*id)) else {
+            self.drops.count(Drop::UnknownPeer);
+            return;
+        };
+        let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) else { return };
+        let message = match probe::open(&talk.keys, bytes) {
+            Ok(message) if message.n > talk.heard_number => message,
+            Ok(_) | Err(_) => {
+                self.drops.count(Drop::BadSealed);
+                return;
+            }
+        };
+        talk.heard_number = message.n;
+        if matches!(message.kind, MessageKind::Call | MessageKind::Answer) {
+            let theirs =
+                NatView { mapping: message.mapping.clone(), filtering: message.filtering.clone(), udp: message.udp };
+            let list: Vec<(SocketAddr, bool)> = message
+                .candidates
+                .iter()
+                .map(|c| c.addr)
+                .filter(|addr| usable(addr, &self.mesh) && self.has_socket_for(addr) && !self.is_own(addr))
+                .map(|addr| (addr, on_link(&addr, &self.addresses)))
+                .collect();
+            self.with_agent(id, |agent, _, _| agent.heard_candidates(&list, theirs));
+        }
+        match message.kind {
+            MessageKind::Call => {
+                self.with_agent(id, |agent, _, cx| agent.heard_call(message.round, message.t, cx));
+                self.want(id, IN_USE_COMMAND);
+            }
+            MessageKind::Answer => {
+                self.with_agent(id, |agent, _, cx| agent.heard_answer(message.round, message.t, message.echo, cx));
+            }
+            MessageKind::Go => {
+                self.with_agent(id, |agent, _, cx| agent.heard_go(message.round, cx));
+            }
+        }
+    }
+
+    /// STUN: an answer of a server, a probe of a peer, or a peer's answer to a probe of ours.
+    pub(super) fn handle_stun(&mut self, via: &Via, bytes: &[u8]) {
+        if !probe::is_response(bytes) {
+            return self.handle_probe(via, bytes);
+        }
+        let Some(txid) = stun::transaction_id(bytes) else { return };
+        if self.pong(&txid, via, bytes) {
+            return;
+        }
+        let Via::Udp { remote, .. } = via else {
+            self.drops.count(Drop::UnexpectedStun);
+            return;
+        };
+        if self.handle_stun_answer(*remote, bytes) {
+            return;
+        }
+        // Which peer's probe it answers is told by the address it went to.
+        let now_talking: Vec<PeerId> = self.talking().map(|(id, _)| id).collect();
+        for id in now_talking {
+            let Some(talk) = self.peer(id).and_then(|p| p.talk.as_deref()) else { continue };
+            if !talk.agent.sent(&txid) {
+                continue;
+            }
+            match probe::decode_response(&talk.keys, bytes) {
+                Ok(response) => {
+                    let full = response.len >= FULL_SIZE;
+                    self.with_agent(id, |agent, _, cx| agent.heard_answer_to_probe(&txid, *remote, full, cx));
+                }
+                Err(_) => self.drops.count(Drop::BadProbe),
+            }
+            return;
+        }
+        self.drops.count(Drop::UnexpectedStun);
+    }
+
+    fn handle_probe(&mut self, via: &Via, bytes: &[u8]) {
+        let now = self.now;
+        let id = match via {
+            Via::Relay { peer } => self.by_wg.get(peer).copied(),
+            Via::Udp { .. } => probe::name_of(bytes).and_then(|name| self.by_name.get(&name).copied()),
+        };
+        let Some(id) = id.filter(|id| self.ensure_talk(*id)) else {
+            self.drops.count(Drop::UnknownProbe);
+            return;
+        };
+        let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) else { return };
+        let Ok(request) = probe::decode_request(&talk.keys, bytes) else {
+            self.drops.count(Drop::BadProbe);
+            return;
+        };
+        if !talk.agent.may_answer(now) {
+            self.drops.count(Drop::ProbeLimit);
+            return;
+        }
+        let pad = (request.len >= FULL_SIZE).then_some(FULL_SIZE);
+        let observed = match via {
+            Via::Udp { remote, .. } => *remote,
+            Via::Relay { .. } => SocketAddr::from(([0, 0, 0, 0], 0)),
+        };
+        let answer = probe::encode_response(&talk.keys, &request.txid, observed, pad);
+        self.send(*via, answer);
+        if let Via::Udp { remote, .. } = via {
+            self.with_agent(id, |agent, near, cx| agent.heard_probe(*remote, near(remote), cx));
+        }
+    }
+
+    /// Authenticated data from another address than the peer's current one.
+    pub(super) fn roamed(&mut self, id: PeerId, via: &Via) {
+        if let Via::Udp { remote, .. } = via
+            && usable(remote, &self.mesh)
+        {
+            self.with_agent(id, |agent, near, cx| agent.heard_data_from(*remote, near(remote), cx));
+        }
+    }
+
+    // ---- our own addresses ---------------------------------------------------------------------------------------
+
+    pub(super) fn addresses_changed(&mut self, mut addresses: Vec<LocalAddress>) {
+        addresses.sort();
+        addresses.dedup();
+        addresses.retain(|a| !self.mesh.iter().any(|net| net.contains(&a.ip)));
+        if addresses == self.addresses {
+            return;
+        }
+        let first = self.addresses.is_empty();
+        self.addresses = addresses;
+        if !first {
+            tracing::info!("this machine's addresses changed; checking every path");
+            self.network_changed();
+        }
+    }
+
+    /// Addresses, NAT or the time itself changed: learn the reflexive addresses anew and verify every path.
+    pub(super) fn network_changed(&mut self) {
+        self.reflexive.forget();
+        self.ask_stun();
+        let ids: Vec<PeerId> = self.talking().filter(|(_, t)| t.is_wanted(self.now)).map(|(id, _)| id).collect();
+        for id in ids {
+            self.with_agent(id, |agent, _, cx| agent.network_changed(cx));
+        }
+    }
+
+    pub(super) fn stun_servers_changed(&mut self, servers: &[SocketAddr]) {
+        self.reflexive.set_servers(servers);
+        if !self.reflexive.is_fresh(self.now) {
+            self.ask_stun();
+        }
+    }
+
+    pub(super) fn net_report(&mut self, report: Box<Netcheck>) {
+        self.report = Some(report);
+        self.refresh_nat_view();
+    }
+
+    fn ask_stun(&mut self) {
+        let mut questions = VecDeque::new();
+        self.reflexive.refresh(self.now, self.tx_prefix, &mut self.rng, &mut questions);
+        self.send_questions(questions);
+    }
+
+    pub(super) fn stun_due(&mut self) {
+        let mut questions = VecDeque::new();
+        let done = self.reflexive.tick(self.now, &mut questions);
+        self.send_questions(questions);
+        if done {
+            self.stun_finished(false);
+        }
+    }
+
+    /// Reflexive addresses are about to go stale; somebody in use needs them fresh.
+    pub(super) fn stun_stale(&mut self) {
+        self.ask_stun();
+        self.keep_stun_fresh();
+    }
+
+    /// While any peer is in use: ask again before the answer is too old. A NAT that moved shows here.
+    pub(super) fn keep_stun_fresh(&mut self) {
+        let in_use = self.talking().any(|(_, t)| t.is_wanted(self.now));
+        let next = (in_use && self.reflexive.has_servers()).then(|| self.now + FRESH * 9 / 10);
+        self.timers.set(Why::StunFresh, next);
+    }
+
+    fn send_questions(&mut self, questions: VecDeque<Question>) {
+        for question in questions {
+            let bytes = stun::binding_request(&question.txid, Change::default());
+            self.send(Via::Udp { socket: question.socket(), remote: question.server }, bytes);
+        }
+        let next = self.reflexive.next_deadline();
+        self.timers.set(Why::Stun, next);
+    }
+
+    /// True: it was the answer to a question of ours.
+    fn handle_stun_answer(&mut self, from: SocketAddr, bytes: &[u8]) -> bool {
+        let Ok(response) = stun::decode_binding_response(bytes) else { return false };
+        let Some(answered) = self.reflexive.answer(&response.txid, from, response.mapped, self.now) else {
+            return false;
+        };
+        let next = self.reflexive.next_deadline();
+        self.timers.set(Why::Stun, next);
+        if answered.changed {
+            tracing::info!("the NAT gave this node another address; checking every path");
+        }
+        if answered.done {
+            self.stun_finished(answered.changed);
+        } else if answered.changed {
+            self.verify_paths();
+        }
+        true
+    }
+
+    fn stun_finished(&mut self, changed: bool) {
+        self.refresh_nat_view();
+        if changed {
+            self.verify_paths();
+        }
+        self.stop_awaiting_stun(true);
+    }
+
+    fn verify_paths(&mut self) {
+        let ids: Vec<PeerId> = self.talking().filter(|(_, t)| t.is_wanted(self.now)).map(|(id, _)| id).collect();
+        for id in ids {
+            self.with_agent(id, |agent, _, cx| agent.network_changed(cx));
+        }
+    }
+
+    /// Calls and answers that waited for STUN go out: all of them, or those that waited long enough.
+    pub(super) fn stop_awaiting_stun(&mut self, all: bool) {
+        let now = self.now;
+        let ready: Vec<PeerId> =
+            self.awaiting_stun.iter().filter(|(_, until)| all || **until <= now).map(|(id, _)| *id).collect();
+        for id in ready {
+            self.awaiting_stun.remove(&id);
+            self.with_agent(id, |agent, _, cx| agent.candidates_ready(cx));
+        }
+        self.schedule_awaiting();
+    }
+
+    fn schedule_awaiting(&mut self) {
+        let next = self.awaiting_stun.values().min().copied();
+        self.timers.set(Why::AwaitingStun, next);
+    }
+
+    /// What this node knows of its NAT: the full report where there is one, else what two servers seen differently tell.
+    fn refresh_nat_view(&mut self) {
+        let mut view = NatView { udp: self.reflexive.udp_works(), ..NatView::default() };
+        if let Some(report) = &self.report {
+            view.mapping.clone_from(&report.mapping);
+            view.filtering.clone_from(&report.filtering);
+            view.udp = view.udp.or(Some(report.udp));
+        }
+        match self.reflexive.mapping_varies() {
+            // The data socket's own evidence wins over the report's, which came from another socket.
+            Some(true) if view.mapping.as_deref().is_none_or(|m| m == behaviour::ENDPOINT_INDEPENDENT) => {
+                view.mapping = Some(behaviour::ADDRESS_AND_PORT_DEPENDENT.to_owned());
+            }
+            Some(false) if view.mapping.is_none() => view.mapping = Some(behaviour::ENDPOINT_INDEPENDENT.to_owned()),
+            _ => {}
+        }
+        if view != self.nat {
+            self.nat = view;
+            let ids: Vec<PeerId> = self.talking().map(|(id, _)| id).collect();
+            for id in ids {
+                self.with_agent(id, |agent, _, cx| agent.profile_changed(cx.now));
+            }
+        }
+    }
+
+    fn has_socket_for(&self, addr: &SocketAddr) -> bool {
+        if addr.is_ipv4() { self.port_v4.is_some() } else { self.port_v6.is_some() }
+    }
+
+    fn is_own(&self, addr: &SocketAddr) -> bool {
+        let port = if addr.is_ipv4() { self.port_v4 } else { self.port_v6 };
+        port == Some(addr.port()) && self.addresses.iter().any(|a| a.ip == addr.ip())
+    }
+}
