@@ -41,7 +41,7 @@ impl Add<Duration> for Now {
     }
 }
 
-impl Sub<Now> for Now {
+impl Sub for Now {
     type Output = Duration;
     fn sub(self, earlier: Self) -> Duration {
         self.since(earlier)

@@ -16,3 +16,6 @@ pub mod routes;
 pub mod session;
 pub(crate) mod timers;
 pub mod traffic;
+
+#[cfg(test)]
+mod tests;

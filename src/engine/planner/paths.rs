@@ -57,8 +57,8 @@ impl Planner {
             if self.reflexive.is_fresh(now) && !self.reflexive.is_asking() {
                 self.awaiting_stun.remove(&id);
                 self.with_agent(id, |agent, _, cx| agent.candidates_ready(cx));
-            } else if !self.awaiting_stun.contains_key(&id) {
-                self.awaiting_stun.insert(id, now + STUN_PATIENCE);
+            } else {
+                self.awaiting_stun.entry(id).or_insert(now + STUN_PATIENCE);
                 self.ask_stun();
                 self.schedule_awaiting();
             }

@@ -1,0 +1,427 @@
+//! Two nodes in memory, joined by a relay and by an open network. NATs, loss and time travel are the simulator's.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+
+use crate::engine::drops::{Drop, Drops};
+use crate::engine::inbound::Inbound;
+use crate::engine::io::{Command, Event, Input, LocalAddress, Notice, Output, PeerId, SocketId, Update, Via};
+use crate::engine::outbound::Outbound;
+use crate::engine::packet::{Destination, InboundSink, OutboundSink};
+use crate::engine::planner::{Config, Planner};
+use crate::time::Now;
+use crate::trust::founding::{Terms, found, invite_record, member_record, network_id, random_ranges};
+use crate::trust::keys::{NodeKeys, Secret32};
+use crate::trust::record::{SignedRecord, member_ipv6};
+use crate::wire::local::PathKind;
+
+/// A datagram under way: from whom, how, what.
+type Wire = Rc<RefCell<VecDeque<(usize, Via, Vec<u8>)>>>;
+
+struct Node {
+    planner: Planner,
+    outbound: Outbound,
+    inbound: Inbound,
+    drops: Arc<Drops>,
+    number: usize,
+    wire: Wire,
+    tun: Vec<Vec<u8>>,
+    notices: VecDeque<Notice>,
+    events: Vec<Event>,
+    flush: Vec<PeerId>,
+    room: Vec<u8>,
+    room_for: Option<Destination>,
+}
+
+struct Sink<'a> {
+    number: usize,
+    wire: &'a Wire,
+    tun: &'a mut Vec<Vec<u8>>,
+    notices: &'a mut VecDeque<Notice>,
+    flush: &'a mut Vec<PeerId>,
+    room: &'a mut Vec<u8>,
+    room_for: &'a mut Option<Destination>,
+}
+
+impl OutboundSink for Sink<'_> {
+    fn room(&mut self, to: &Destination, max: usize) -> Option<&mut [u8]> {
+        self.room.clear();
+        self.room.resize(max, 0);
+        *self.room_for = Some(*to);
+        Some(self.room)
+    }
+    fn commit(&mut self, len: usize) {
+        let via = match self.room_for.take().unwrap() {
+            Destination::Udp { socket, remote } => Via::Udp { socket, remote },
+            Destination::Relay { peer } => Via::Relay { peer },
+        };
+        self.wire.borrow_mut().push_back((self.number, via, self.room[..len].to_vec()));
+    }
+    fn to_tun(&mut self, packet: &[u8]) {
+        self.tun.push(packet.to_vec());
+    }
+    fn notice(&mut self, notice: Notice) {
+        self.notices.push_back(notice);
+    }
+}
+
+impl InboundSink for Sink<'_> {
+    fn tun_room(&mut self, max: usize) -> &mut [u8] {
+        self.room.clear();
+        self.room.resize(max, 0);
+        self.room
+    }
+    fn tun_commit(&mut self, len: usize) {
+        self.tun.push(self.room[..len].to_vec());
+    }
+    fn reply(&mut self, via: &Via, bytes: &[u8]) {
+        self.wire.borrow_mut().push_back((self.number, *via, bytes.to_vec()));
+    }
+    fn notice(&mut self, notice: Notice) {
+        self.notices.push_back(notice);
+    }
+    fn established(&mut self, peer: PeerId) {
+        self.flush.push(peer);
+    }
+}
+
+macro_rules! sink {
+    ($node:expr) => {
+        Sink {
+            number: $node.number,
+            wire: &$node.wire,
+            tun: &mut $node.tun,
+            notices: &mut $node.notices,
+            flush: &mut $node.flush,
+            room: &mut $node.room,
+            room_for: &mut $node.room_for,
+        }
+    };
+}
+
+impl Node {
+    fn address(&self) -> SocketAddr {
+        SocketAddr::from(([198, 51, 100, u8::try_from(self.number).unwrap() + 1], 7000))
+    }
+
+    fn settle(&mut self, now: Now) {
+        loop {
+            if let Some(notice) = self.notices.pop_front() {
+                self.planner.handle(Input::Notice(notice), now);
+            }
+            while let Some(output) = self.planner.poll_output() {
+                match output {
+                    Output::Send { via, bytes } => self.wire.borrow_mut().push_back((self.number, via, bytes)),
+                    Output::Update(update) => self.apply(update, now),
+                    Output::Event(event) => self.events.push(event),
+                    Output::Control(_) | Output::Persist(_) | Output::ResolveStun(_) => {}
+                }
+            }
+            if self.notices.is_empty() {
+                return;
+            }
+        }
+    }
+
+    fn apply(&mut self, update: Update, now: Now) {
+        self.inbound.apply(update.clone());
+        let (outbound, mut sink) = (&mut self.outbound, sink!(self));
+        outbound.apply(update, now, &mut sink);
+    }
+
+    fn send(&mut self, packet: &[u8], now: Now) {
+        let (outbound, mut sink) = (&mut self.outbound, sink!(self));
+        outbound.handle_tun([packet], now, &mut sink);
+        self.settle(now);
+    }
+
+    fn receive(&mut self, via: &Via, bytes: &[u8], now: Now) {
+        let (inbound, mut sink) = (&mut self.inbound, sink!(self));
+        inbound.handle_datagram(via, bytes, now, &mut sink);
+        for peer in std::mem::take(&mut self.flush) {
+            let (outbound, mut sink) = (&mut self.outbound, sink!(self));
+            outbound.flush(peer, now, &mut sink);
+        }
+        self.settle(now);
+    }
+}
+
+struct Pair {
+    nodes: Vec<Node>,
+    wire: Wire,
+    now: Now,
+    /// Drops everything sent by UDP.
+    udp_blocked: bool,
+}
+
+impl Pair {
+    fn new() -> Self {
+        let mut rng = StdRng::seed_from_u64(1);
+        let root = Secret32::random(&mut rng).signing_key();
+        let (v4, v6) = random_ranges(&mut rng);
+        let keys: Vec<NodeKeys> = (0..2).map(|_| NodeKeys::generate(&mut rng)).collect();
+        let mut records: Vec<SignedRecord> = found(&keys[0], &root, "home", "a", v4, v6, 0, &mut rng).into();
+        let network = network_id(&root);
+        let terms = Terms { expires: 10, ..Terms::default() };
+        let (secret, invite) = invite_record(&keys[0].identity.signing_key(), network, terms, 0, &mut rng);
+        let second = v4.hosts().nth(1).unwrap();
+        records.push(invite);
+        records.push(member_record(
+            &keys[1],
+            &secret,
+            network,
+            "b",
+            second,
+            member_ipv6(v6, &keys[1].identity_key()),
+            0,
+        ));
+        let wire = Wire::default();
+        let nodes = keys
+            .into_iter()
+            .enumerate()
+            .map(|(number, keys)| {
+                let drops = Arc::new(Drops::default());
+                let config = Config {
+                    keys,
+                    network,
+                    records: records.clone(),
+                    port_v4: Some(7000),
+                    port_v6: None,
+                    last_endpoints: Vec::new(),
+                    seed: [u8::try_from(number).unwrap(); 32],
+                    first_number: 1,
+                };
+                let planner = Planner::new(config, Arc::clone(&drops), Now::ZERO).unwrap();
+                let (outbound, inbound) = planner.worker();
+                let mut node = Node {
+                    planner,
+                    outbound,
+                    inbound,
+                    drops,
+                    number,
+                    wire: Rc::clone(&wire),
+                    tun: Vec::new(),
+                    notices: VecDeque::new(),
+                    events: Vec::new(),
+                    flush: Vec::new(),
+                    room: Vec::new(),
+                    room_for: None,
+                };
+                let ip = node.address().ip();
+                node.planner.handle(Input::Addresses(vec![LocalAddress { ip, prefix_len: 24 }]), Now::ZERO);
+                node.planner.handle(Input::RelayUp, Now::ZERO);
+                node.settle(Now::ZERO);
+                node
+            })
+            .collect();
+        Self { nodes, wire, now: Now::ZERO, udp_blocked: false }
+    }
+
+    /// Delivers what is under way (a millisecond each hop) and fires timers until `until`.
+    fn run(&mut self, until: Now) {
+        while self.now < until {
+            let under_way: Vec<_> = self.wire.borrow_mut().drain(..).collect();
+            self.now = self.now + Duration::from_millis(1);
+            for (from, via, bytes) in under_way {
+                let to = 1 - from;
+                let arrives = match via {
+                    Via::Udp { socket, remote } if !self.udp_blocked && remote == self.nodes[to].address() => {
+                        Via::Udp { socket, remote: self.nodes[from].address() }
+                    }
+                    Via::Udp { .. } => continue,
+                    Via::Relay { .. } => Via::Relay { peer: self.nodes[from].planner.me().wg },
+                };
+                self.nodes[to].receive(&arrives, &bytes, self.now);
+            }
+            for node in &mut self.nodes {
+                if node.planner.poll_timeout().is_some_and(|(at, _)| at <= self.now) {
+                    node.planner.handle_timeout(self.now);
+                    node.settle(self.now);
+                }
+            }
+        }
+    }
+
+    fn packet(&self, from: usize, to: usize) -> Vec<u8> {
+        let ip = |n: usize| self.nodes[n].planner.me().ipv4.octets();
+        let mut packet = Vec::new();
+        etherparse::PacketBuilder::ipv4(ip(from), ip(to), 64).udp(1, 2).write(&mut packet, b"marker").unwrap();
+        packet
+    }
+
+    fn path(&self, node: usize) -> PathKind {
+        let shell = crate::engine::planner::ShellStatus {
+            state: "running".into(),
+            coordinator_url: "https://c".into(),
+            interface: "mesh0".into(),
+            health: Vec::new(),
+        };
+        self.nodes[node].planner.status(shell, self.now).peers[0].path.kind
+    }
+}
+
+#[test]
+fn the_first_packet_arrives_through_the_relay_and_the_path_becomes_direct() {
+    let mut pair = Pair::new();
+    let packet = pair.packet(0, 1);
+    pair.nodes[0].send(&packet, Now::ZERO);
+    pair.run(Now::from_millis(20));
+    assert_eq!(pair.nodes[1].tun, vec![packet.clone()]);
+    pair.run(Now::from_millis(600));
+    assert_eq!((pair.path(0), pair.path(1)), (PathKind::Direct, PathKind::Direct));
+    // The second packet goes directly: the relay sees nothing of it.
+    let now = pair.now;
+    pair.nodes[0].send(&packet, now);
+    let sent: Vec<Via> = pair.wire.borrow().iter().map(|(_, via, _)| *via).collect();
+    assert!(sent.iter().all(|via| matches!(via, Via::Udp { .. })), "{sent:?}");
+    pair.run(now + Duration::from_millis(5));
+    assert_eq!(pair.nodes[1].tun.len(), 2);
+}
+
+#[test]
+fn without_udp_everything_stays_on_the_relay() {
+    let mut pair = Pair::new();
+    pair.udp_blocked = true;
+    let packet = pair.packet(0, 1);
+    for i in 0..100u64 {
+        let now = Now::from_millis(i * 50);
+        pair.run(now);
+        pair.nodes[0].send(&packet, pair.now);
+    }
+    pair.run(Now::from_millis(6000));
+    assert_eq!(pair.nodes[1].tun.len(), 100);
+    assert_eq!(pair.path(0), PathKind::Relay);
+}
+
+#[test]
+fn a_dead_direct_path_is_left_within_a_second_and_found_again() {
+    let mut pair = Pair::new();
+    let packet = pair.packet(0, 1);
+    pair.nodes[0].send(&packet, Now::ZERO);
+    pair.run(Now::from_millis(1000));
+    assert_eq!(pair.path(0), PathKind::Direct);
+    pair.udp_blocked = true;
+    let died = pair.now;
+    let mut received_at = Vec::new();
+    while pair.now.since(died) < Duration::from_secs(3) {
+        let before = pair.nodes[1].tun.len();
+        let now = pair.now;
+        pair.nodes[0].send(&packet, now);
+        pair.run(now + Duration::from_millis(10));
+        if pair.nodes[1].tun.len() > before {
+            received_at.push(pair.now.since(died));
+        }
+    }
+    assert!(received_at[0] < Duration::from_millis(1000), "silent for {:?}", received_at[0]);
+    assert_eq!(pair.path(0), PathKind::Relay);
+    pair.udp_blocked = false;
+    let until = pair.now + Duration::from_secs(30);
+    while pair.now < until {
+        let now = pair.now;
+        pair.nodes[0].send(&packet, now);
+        pair.run(now + Duration::from_millis(100));
+    }
+    assert_eq!(pair.path(0), PathKind::Direct);
+}
+
+#[test]
+fn a_packet_from_an_address_that_is_not_the_peers_is_dropped_by_name() {
+    let mut pair = Pair::new();
+    let packet = pair.packet(0, 1);
+    pair.nodes[0].send(&packet, Now::ZERO);
+    pair.run(Now::from_millis(100));
+    let mut forged = packet.clone();
+    forged[15] ^= 0x40;
+    let now = pair.now;
+    pair.nodes[0].send(&forged, now);
+    pair.run(now + Duration::from_millis(10));
+    assert_eq!(pair.nodes[1].tun.len(), 1);
+    assert_eq!(pair.nodes[1].drops.get(Drop::SpoofedSource), 1);
+}
+
+#[test]
+fn ping_reports_the_path_it_took() {
+    let mut pair = Pair::new();
+    let peer = pair.nodes[0].planner.find_peer("b").unwrap();
+    let ping = |pair: &mut Pair, token| {
+        let command = Command::Ping { token, seq: 1, peer, timeout_ms: 1000 };
+        let now = pair.now;
+        pair.nodes[0].planner.handle(Input::Command(command), now);
+        pair.nodes[0].settle(now);
+        pair.run(now + Duration::from_millis(1500));
+    };
+    ping(&mut pair, 1);
+    ping(&mut pair, 2);
+    let kinds: Vec<PathKind> = pair.nodes[0]
+        .events
+        .iter()
+        .filter_map(|e| match e {
+            Event::Pong { pong, .. } => Some(pong.path),
+            Event::Published { .. } | Event::Synced | Event::PathChanged { .. } | Event::Expelled => None,
+        })
+        .collect();
+    assert_eq!(kinds, [PathKind::Relay, PathKind::Direct]);
+}
+
+#[test]
+fn a_peer_out_of_use_gets_no_packet_and_comes_back_through_the_relay() {
+    let mut pair = Pair::new();
+    let packet = pair.packet(0, 1);
+    pair.nodes[0].send(&packet, Now::ZERO);
+    // WireGuard's own keepalive and re-key timers end with the session, 180 s after it began.
+    pair.run(Now::from_millis(400_000));
+    assert_eq!(pair.path(0), PathKind::None);
+    pair.wire.borrow_mut().clear();
+    let mut sent = 0;
+    for _ in 0..600 {
+        let until = pair.now + Duration::from_secs(1);
+        pair.run(until);
+        sent += pair.wire.borrow().len();
+    }
+    assert_eq!(sent, 0);
+    let now = pair.now;
+    pair.nodes[0].send(&packet, now);
+    pair.run(now + Duration::from_millis(50));
+    assert_eq!(pair.nodes[1].tun.len(), 2);
+}
+
+#[test]
+fn an_answer_that_nobody_asked_for_changes_nothing() {
+    let mut pair = Pair::new();
+    let via = Via::Udp { socket: SocketId::V4, remote: pair.nodes[1].address() };
+    let bytes = crate::wire::stun::binding_request(&crate::wire::stun::TransactionId([9; 12]), Default::default());
+    let mut response = bytes.clone();
+    response[0] = 1;
+    pair.nodes[0].receive(&via, &response, Now::ZERO);
+    pair.nodes[0].receive(&via, &bytes, Now::ZERO);
+    assert_eq!(pair.nodes[0].drops.get(Drop::UnexpectedStun), 2);
+    assert!(pair.wire.borrow().is_empty());
+}
+
+#[test]
+fn outbound_stages_a_bounded_number_and_drops_the_oldest() {
+    let mut pair = Pair::new();
+    let packet = pair.packet(0, 1);
+    let node = &mut pair.nodes[0];
+    for _ in 0..200 {
+        let (outbound, mut sink) = (&mut node.outbound, sink!(node));
+        outbound.handle_tun([&packet[..]], Now::ZERO, &mut sink);
+    }
+    assert_eq!(node.drops.get(Drop::StagedOverflow), 200 - crate::engine::outbound::STAGED_PER_PEER as u64);
+    let to_nobody = {
+        let mut p = packet.clone();
+        p[16..20].copy_from_slice(&[8, 8, 8, 8]);
+        p
+    };
+    let (outbound, mut sink) = (&mut node.outbound, sink!(node));
+    outbound.handle_tun([&to_nobody[..], &[0x45, 0][..]], Now::ZERO, &mut sink);
+    assert_eq!((node.drops.get(Drop::NoRoute), node.drops.get(Drop::BadIp)), (1, 1));
+    assert_eq!(node.tun.len(), 1, "an ICMP error tells the application");
+}
