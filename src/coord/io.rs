@@ -13,6 +13,7 @@ pub struct ConnId(pub u64);
 
 /// Something happened.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "one is made, moved and taken apart per message; none is kept")]
 pub enum Input {
     /// A control connection passed its Noise handshake.
     Opened {
@@ -34,6 +35,9 @@ pub enum Input {
     },
     /// The connection is gone.
     Closed(ConnId),
+    /// All that was sent on the connection is on its way: a node that is being sent a long log is ready for more. Saying
+    /// so is optional; without it the log goes on at a fixed pace.
+    Drained(ConnId),
     /// An `Output::Persist` was carried out (or failed: then nothing of it was stored).
     Persisted {
         /// The output's ticket.
@@ -53,14 +57,16 @@ pub enum Output {
         /// What.
         message: ToNode,
     },
-    /// Close a connection, after what was queued to it. `forget`: also its relay connection (the node was revoked).
+    /// Close a connection, after what was queued to it. The coordinator has forgotten it already; `Input::Closed` may
+    /// follow or not.
     Close {
         /// Which.
         conn: ConnId,
-        /// Why, for the log.
+        /// Why: one of [`why`].
         why: &'static str,
     },
-    /// Store these records in one transaction, durably, then say `Input::Persisted`. Answers wait for it.
+    /// Store these records in one transaction, durably, then say `Input::Persisted`. Answers wait for it. There is never a
+    /// second one before the first is answered.
     Persist {
         /// Names this output.
         ticket: u64,
@@ -69,7 +75,8 @@ pub enum Output {
         /// The claim is spent by this write.
         claim_spent: bool,
     },
-    /// Who may use the relay changed: the member with this control key has this WireGuard key.
+    /// Who may use the relay changed: the member with this control key has this WireGuard key. Said for every member at
+    /// start, and for a new one before it is told that it joined.
     RelayAdmit {
         /// Noise key.
         control: ControlKey,
@@ -83,4 +90,16 @@ pub enum Output {
         /// Relay address.
         wg: WgKey,
     },
+}
+
+/// Why connections are closed.
+pub mod why {
+    /// A newer connection with the same key took its place.
+    pub const REPLACED: &str = "replaced by a newer connection of the same node";
+    /// The node was revoked.
+    pub const REVOKED: &str = "the node was revoked";
+    /// Too many connections.
+    pub const BUSY: &str = "too many connections";
+    /// A guest did not join, or a node did not speak, in time.
+    pub const DEADLINE: &str = "it did not join in time";
 }

@@ -6,6 +6,10 @@
 pub mod coordinator;
 pub mod io;
 pub mod limits;
+mod presence;
+mod refusals;
 pub mod relay_hub;
+mod reservations;
+mod writes;
 
-pub use coordinator::Coordinator;
+pub use coordinator::{Config, Coordinator, Limits, claim_digest};

@@ -732,3 +732,6 @@ fn common_fields(record: &Record) -> (u16, NetworkId) {
         Record::Revoke(r) => (r.v, r.network),
     }
 }
+
+#[cfg(test)]
+mod tests;

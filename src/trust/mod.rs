@@ -10,3 +10,6 @@ pub mod ledger;
 pub mod names;
 pub mod record;
 pub mod token;
+
+#[cfg(test)]
+pub(crate) mod testing;

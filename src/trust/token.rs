@@ -28,6 +28,7 @@ pub const INVITE_PREFIX: &str = "meshd-invite1-";
 
 /// A token, decoded. `Debug` shows no secret.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a process holds one")]
 pub enum Token {
     /// Founds the network on a fresh coordinator.
     Claim(ClaimToken),

@@ -194,6 +194,8 @@ pub mod refusal {
     pub const ADDRESS_TAKEN: &str = "address-taken";
     /// No address is left in the range.
     pub const RANGE_FULL: &str = "range-full";
+    /// The request itself makes no sense (a name that is none, too many records).
+    pub const BAD_REQUEST: &str = "bad-request";
     /// A record does not verify.
     pub const BAD_RECORD: &str = "bad-record";
     /// The connection's key is not a member's.
