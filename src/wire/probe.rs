@@ -88,7 +88,7 @@ impl ProbeKeys {
             name.copy_from_slice(&part(b"name", &receiver.0).0[..8]);
             name
         };
-        let password = |receiver: &WgKey| hex(&*Zeroizing::new(part(b"mac", &receiver.0).0));
+        let password = |receiver: &WgKey| hex(&Zeroizing::new(part(b"mac", &receiver.0).0));
         Some(Self {
             inbound_mac: password(my_public),
             outbound_mac: password(peer),

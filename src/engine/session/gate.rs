@@ -88,3 +88,68 @@ pub fn peer_of_init(my_secret: &Secret32, my_public: &WgKey, datagram: &[u8]) ->
     let secret = StaticSecret::from(*my_secret.expose());
     parse_handshake_anon(&secret, &PublicKey::from(my_public.0), &init).ok().map(|half| WgKey(half.peer_static_public))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+    use crate::engine::session::tunnel::Tunnel;
+
+    const FROM: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
+
+    fn public(secret: &Secret32) -> WgKey {
+        WgKey(PublicKey::from(&StaticSecret::from(*secret.expose())).to_bytes())
+    }
+
+    fn init_to(peer: &WgKey) -> Vec<u8> {
+        let mut out = [0; 200];
+        let mut tunnel = Tunnel::new(&Secret32::new([1; 32]), peer, 1);
+        let len = tunnel.initiate(&mut out, false, Now::from_millis(1)).unwrap();
+        out[..len].to_vec()
+    }
+
+    #[test]
+    fn only_messages_made_for_our_key_pass_and_tell_their_sender() {
+        let (me, other) = (Secret32::new([2; 32]), Secret32::new([3; 32]));
+        let mut gate = Gate::new(&public(&me));
+        let mut cookie = [0; 64];
+        let mut check = |bytes: &[u8]| gate.check(FROM, bytes, &mut cookie, Now::from_millis(5));
+        let init = init_to(&public(&me));
+        assert_eq!(check(&init), Verdict::Pass);
+        assert_eq!(check(&init_to(&public(&other))), Verdict::Drop);
+        assert_eq!(check(&init[..100]), Verdict::Drop);
+        assert_eq!(check(&[]), Verdict::Drop);
+        for at in 0..132 {
+            let mut flipped = init.clone();
+            flipped[at] ^= 1;
+            assert_eq!(check(&flipped), Verdict::Drop, "byte {at}");
+        }
+        assert_eq!(peer_of_init(&me, &public(&me), &init), Some(public(&Secret32::new([1; 32]))));
+        assert_eq!(peer_of_init(&other, &public(&other), &init), None);
+        assert_eq!(peer_of_init(&me, &public(&me), &init[..147]), None);
+    }
+
+    #[test]
+    fn a_flood_is_answered_with_cookies_and_junk_is_not_counted() {
+        let me = Secret32::new([2; 32]);
+        let mut gate = Gate::new(&public(&me));
+        let mut cookie = [0; 64];
+        let now = Now::from_millis(5);
+        for _ in 0..LIMIT * 10 {
+            assert_eq!(gate.check(FROM, &init_to_other(), &mut cookie, now), Verdict::Drop);
+        }
+        let init = init_to(&public(&me));
+        let passed = (0..LIMIT * 2).filter(|_| gate.check(FROM, &init, &mut cookie, now) == Verdict::Pass).count();
+        assert_eq!(u64::try_from(passed), Ok(LIMIT));
+        assert_eq!(gate.check(FROM, &init, &mut cookie, now), Verdict::Cookie(64));
+        assert_eq!(crate::wire::classify::classify(&cookie), crate::wire::classify::Kind::CookieReply);
+        assert_eq!(gate.check(FROM, &init, &mut [0; 63], now), Verdict::Drop, "no room for the cookie");
+    }
+
+    fn init_to_other() -> Vec<u8> {
+        let mut bytes = vec![0; 148];
+        bytes[0] = 1;
+        bytes
+    }
+}

@@ -523,3 +523,6 @@ const fn handshake_error(error: &WireGuardError) -> RefusedHandshake {
         | WireGuardError::UnderLoad => RefusedHandshake::Malformed,
     }
 }
+
+#[cfg(test)]
+mod tests;
