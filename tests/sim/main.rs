@@ -7,11 +7,17 @@
 )]
 
 mod dice;
+mod host;
+mod inner;
 mod link;
+mod logs;
+mod matrix;
 mod nat;
 mod oracle;
 mod puncher;
 mod scenario;
+mod server;
+mod sim;
 mod town;
 mod trace;
 mod world;
@@ -23,7 +29,28 @@ pub(crate) fn full() -> bool {
     std::env::var_os("MESHD_SIM_FULL").is_some()
 }
 
+/// The run to replay, if one is named; everything else is skipped then.
+pub(crate) fn replay() -> Option<String> {
+    std::env::var("MESHD_SIM").ok()
+}
+
+/// Print every line of the trace as it happens.
+pub(crate) fn aloud() -> bool {
+    replay().is_some()
+}
+
 /// Prints past the test harness's capture: a replay is there to be read.
 pub(crate) fn say(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// Runs the one scenario or story that `MESHD_SIM` names, printing all of it.
+#[test]
+fn replay_one() {
+    let Some(line) = replay() else { return };
+    if let Some(line) = line.strip_prefix("punch ") {
+        say(&format!("{:?}", puncher::punch(&line.parse().unwrap(), true)));
+    } else {
+        say(&format!("{:?}", matrix::run(&line.parse().unwrap())));
+    }
 }

@@ -252,14 +252,15 @@ impl<E> World<E> {
         self.now = to;
     }
 
-    /// Sends from a host's own address of the right family.
-    pub(crate) fn send(&mut self, host: HostId, port: u16, to: SocketAddr, bytes: Vec<u8>) {
+    /// Sends from a host's own address of the right family. False: it has none, as the kernel would say.
+    pub(crate) fn send(&mut self, host: HostId, port: u16, to: SocketAddr, bytes: Vec<u8>) -> bool {
         let source = self.hosts[host.0].addresses.iter().find(|a| a.is_ipv4() == to.is_ipv4()).copied();
         let who = self.hosts[host.0].who;
         match source {
             Some(ip) => self.send_as(host, SocketAddr::new(ip, port), to, bytes),
             None => self.trace.hop(self.now, who, who, &bytes, Some("no address of that family")),
         }
+        source.is_some()
     }
 
     /// Sends with any source address, as somebody with a raw socket can.
