@@ -43,6 +43,8 @@ pub mod close {
     pub const PROTOCOL: u16 = 4005;
     /// Too many connections or requests.
     pub const BUSY: u16 = 4006;
+    /// The other side did not do in time what it came for.
+    pub const DEADLINE: u16 = 4007;
 }
 
 /// After something was sent unanswered: when to ping, and how often again.
