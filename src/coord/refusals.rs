@@ -58,8 +58,8 @@ impl Refused {
     pub(super) fn member_already() -> Self {
         Self::new(
             code::ALREADY_USED,
-            "this machine is a member of the network already, by another invite",
-            "start it without a token: `meshd up`",
+            "this machine's keys belong to a member of the network already",
+            "start it without a token: `meshd up`; if its records were lost, join anew with an empty `--state-dir`",
         )
     }
 

@@ -553,6 +553,16 @@ impl Ledger {
         Ok(())
     }
 
+    /// Fills the log with copies of records up to a length, unjudged and without effect: for tests of long logs, where
+    /// signing would take minutes.
+    #[cfg(test)]
+    pub(crate) fn extend_unjudged(&mut self, records: &[SignedRecord], len: usize) {
+        for record in records.iter().cycle().take(len.saturating_sub(self.log.len())) {
+            self.heads.push(log_head(self.head(), record));
+            self.log.push(record.clone());
+        }
+    }
+
     // What follows from an accepted record, and back.
 
     fn apply(&mut self, id: Digest32, signed: SignedRecord, record: Record) -> Change {
