@@ -241,3 +241,152 @@ impl Reader<'_> {
         Some(*array)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::trust::testing::{Founder, open_terms};
+
+    fn claim() -> ClaimToken {
+        ClaimToken {
+            urls: vec!["https://mesh.example.org:8443".into(), "wss://192.0.2.1".into()],
+            coordinator: ControlKey([3; 32]),
+            secret: Secret32::new([4; 32]),
+        }
+    }
+
+    fn invite() -> InviteToken {
+        let mut f = Founder::new(1);
+        let (secret, invite) = f.invite(open_terms(2));
+        InviteToken {
+            urls: vec!["https://mesh.example.org".into()],
+            coordinator: ControlKey([3; 32]),
+            network: f.network,
+            secret,
+            invite,
+        }
+    }
+
+    #[test]
+    fn tokens_round_trip_and_white_space_around_them_does_not_matter() {
+        let (c, i) = (claim(), invite());
+        let Token::Claim(back) = Token::decode(&format!("  {}\r\n", c.encode())).unwrap() else { panic!("a claim") };
+        assert_eq!((&back.urls, back.coordinator, back.secret.expose()), (&c.urls, c.coordinator, c.secret.expose()));
+        let Token::Invite(back) = Token::decode(&i.encode()).unwrap() else { panic!("an invite") };
+        assert_eq!((&back.urls, back.coordinator, back.network), (&i.urls, i.coordinator, i.network));
+        assert_eq!((back.secret.expose(), &back.invite), (i.secret.expose(), &i.invite));
+        assert_eq!(back.terms().unwrap().uses, 2);
+    }
+
+    #[test]
+    fn a_token_is_one_line_that_a_double_click_selects_and_no_debug_output_tells() {
+        for token in [claim().encode(), invite().encode()] {
+            assert!(token.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_'), "{token}");
+        }
+        assert!(invite().encode().len() < 1_100, "{}", invite().encode().len());
+        let shown = format!("{:?} {:?}", claim(), Token::Claim(claim()));
+        assert!(!shown.contains("04040404") && !shown.contains("4, 4"), "{shown}");
+    }
+
+    #[test]
+    fn every_mistake_is_named() {
+        let token = claim().encode();
+        let says = |text: &str| Token::decode(text).unwrap_err();
+        assert_eq!(says(""), TokenError::NotAToken);
+        assert_eq!(says("hello"), TokenError::NotAToken);
+        assert_eq!(says("meshd-claim0-AAAA"), TokenError::NotAToken);
+        assert_eq!(says("meshd-claim-AAAA"), TokenError::NotAToken);
+        assert_eq!(says("meshd-claim2-AAAA"), TokenError::NewerVersion);
+        assert_eq!(says("meshd-invite7-whatever it holds"), TokenError::NewerVersion);
+        assert_eq!(says(CLAIM_PREFIX), TokenError::BadChecksum);
+        assert_eq!(says(&token[..token.len() - 3]), TokenError::BadChecksum);
+        assert_eq!(says(&format!("{token}A")), TokenError::BadChecksum);
+        assert_eq!(says(&token.replacen(CLAIM_PREFIX, INVITE_PREFIX, 1)), TokenError::BadChecksum);
+        let (start, end) = token.split_at(40);
+        assert_eq!(says(&format!("{start} {end}")), TokenError::BadCharacter(' '));
+        assert_eq!(says(&format!("{start}\n{end}")), TokenError::BadCharacter('\n'));
+        assert_eq!(says(&format!("{token}…")), TokenError::BadCharacter('…'));
+        assert_eq!(says(&format!("{token}=")), TokenError::BadCharacter('='));
+        assert_eq!(says(&format!("{CLAIM_PREFIX}{}", "A".repeat(10_000_000))), TokenError::BadChecksum);
+    }
+
+    #[test]
+    fn a_token_whose_parts_do_not_belong_together_is_unreadable() {
+        let changes: [&dyn Fn(&mut InviteToken); 4] = [
+            &|t| t.secret = Secret32::new([9; 32]),
+            &|t| t.network = NetworkId([9; 32]),
+            &|t| t.invite.sig.0[0] ^= 1,
+            &|t| t.invite.payload = "{}".into(),
+        ];
+        for (i, change) in changes.iter().enumerate() {
+            let mut token = invite();
+            change(&mut token);
+            assert_eq!(Token::decode(&token.encode()).unwrap_err(), TokenError::Unreadable, "change {i}");
+        }
+        let mut body = vec![0; 65];
+        body.push(0);
+        assert_eq!(Token::decode(&seal(CLAIM_PREFIX, &mut body)).unwrap_err(), TokenError::Unreadable);
+        let mut body = vec![200; 300];
+        assert_eq!(Token::decode(&seal(INVITE_PREFIX, &mut body)).unwrap_err(), TokenError::Unreadable);
+    }
+
+    #[test]
+    fn urls_that_do_not_fit_are_left_out() {
+        let long = format!("https://{}", "x".repeat(MAX_URL));
+        let mut urls = vec![long];
+        urls.extend((0..20).map(|i| format!("https://c{i}")));
+        let Token::Claim(back) = Token::decode(&ClaimToken { urls: urls.clone(), ..claim() }.encode()).unwrap() else {
+            panic!("a claim")
+        };
+        assert_eq!(back.urls, urls[1..=MAX_URLS]);
+    }
+
+    #[test]
+    fn every_truncation_and_every_changed_character_is_refused() {
+        const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+        for token in [claim().encode(), invite().encode()] {
+            for end in 0..token.len() {
+                assert!(Token::decode(&token[..end]).is_err(), "cut at {end}");
+            }
+            for start in 1..token.len() {
+                assert!(Token::decode(&token[start..]).is_err(), "from {start}");
+            }
+            for at in 0..token.len() {
+                // All 64 characters at a few places, and a few everywhere.
+                let step = if at < 20 || at + 20 > token.len() { 1 } else { 9 };
+                for &c in ALPHABET.iter().skip(at % step).step_by(step) {
+                    let mut changed = token.clone().into_bytes();
+                    if changed[at] != c {
+                        changed[at] = c;
+                        assert!(
+                            Token::decode(std::str::from_utf8(&changed).unwrap()).is_err(),
+                            "{} at {at}",
+                            c as char
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_breaks_the_decoder(
+            text in any::<String>(),
+            body in proptest::collection::vec(any::<u8>(), 0..600),
+            prefix in prop_oneof![Just(CLAIM_PREFIX), Just(INVITE_PREFIX)],
+        ) {
+            prop_assert!(Token::decode(&text).is_err());
+            prop_assert!(Token::decode(&(prefix.to_owned() + &text)).is_err());
+            // With a right checksum: whatever it decodes to, it encodes to itself.
+            let token = seal(prefix, &mut body.clone());
+            match Token::decode(&token) {
+                Ok(Token::Claim(claim)) => prop_assert_eq!(claim.encode(), token),
+                Ok(Token::Invite(invite)) => prop_assert_eq!(invite.encode(), token),
+                Err(e) => prop_assert_eq!(e, TokenError::Unreadable),
+            }
+        }
+    }
+}
