@@ -1,20 +1,29 @@
 //! Asking the daemon: one call over its socket, each answer handed on as it comes.
 
+use std::time::Duration;
+
 use crate::cli::Global;
-use crate::cli::error::{CliError, Kind};
+use crate::cli::error::CliError;
+use crate::daemon::client;
 use crate::wire::local::{Call, Response, Status};
 
-/// Makes one call and hands every answer but the closing one to `on_reply`.
+/// How long the daemon may take over one answer. An examination of the NAT waits for servers that do not answer.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Makes one call and hands every answer but the closing one to `on_reply`. `patience` is how long each may take.
 ///
 /// # Errors
-/// [`Kind::NotRunning`] if no daemon answers, what the daemon says if it refuses, and what `on_reply` says.
+/// [`super::error::Kind::NotRunning`] if no daemon answers, what the daemon says if it refuses, and what `on_reply` says.
 pub(super) fn call(
     global: &Global,
     call: Call,
+    patience: Duration,
     on_reply: &mut dyn FnMut(Response) -> Result<(), CliError>,
 ) -> Result<(), CliError> {
-    let _ = (global, call, on_reply);
-    Err(CliError::new(Kind::NotRunning, "not-running", "", ""))
+    for reply in client::call(&global.socket(), call, patience)? {
+        on_reply(reply?)?;
+    }
+    Ok(())
 }
 
 /// Makes a call that has one answer, which `pick` takes out of the reply.
@@ -23,7 +32,7 @@ pub(super) fn call(
 /// As [`call`]; also if the answer is of another kind.
 pub(super) fn ask<T>(global: &Global, what: Call, pick: impl Fn(Response) -> Option<T>) -> Result<T, CliError> {
     let mut found = None;
-    call(global, what, &mut |reply| {
+    call(global, what, PATIENCE, &mut |reply| {
         found = pick(reply).or(found.take());
         Ok(())
     })?;

@@ -16,7 +16,7 @@ struct Document {
 
 /// Stopping what does not run is no failure: afterwards it is down, as asked.
 pub(super) fn run(global: &Global) -> Result<(), CliError> {
-    let was_running = match client::call(global, Call::Down, &mut |_| Ok(())) {
+    let was_running = match client::call(global, Call::Down, client::PATIENCE, &mut |_| Ok(())) {
         Ok(()) => true,
         Err(error) if error.kind == Kind::NotRunning => false,
         Err(error) => return Err(error),

@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+use crate::daemon::client::NOT_RUNNING;
 use crate::wire::local::Problem;
 
 /// What kind of failure it was; each has one exit code.
@@ -71,9 +72,9 @@ impl CliError {
 }
 
 impl From<Problem> for CliError {
-    /// What the daemon answered. `not-running` keeps its own exit code.
+    /// What the daemon answered. [`NOT_RUNNING`] keeps its own exit code.
     fn from(problem: Problem) -> Self {
-        let kind = if problem.code == "not-running" { Kind::NotRunning } else { Kind::Failed };
+        let kind = if problem.code == NOT_RUNNING { Kind::NotRunning } else { Kind::Failed };
         Self { kind, problem }
     }
 }

@@ -19,6 +19,7 @@ pub mod output;
 mod ping;
 mod remove;
 mod status;
+mod up;
 mod version;
 
 use std::ffi::OsString;
@@ -104,6 +105,8 @@ impl Global {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Join a network with a token, or resume the one this machine is in
+    Up(up::Args),
     /// Stop the daemon and put addresses, routes and rules back as they were
     Down,
     /// Show this node, its peers and how each is reached
@@ -165,6 +168,7 @@ fn explain(error: &clap::Error, output: Output) -> Result<(), CliError> {
 fn dispatch(cli: &Cli) -> Result<(), CliError> {
     let global = &cli.global;
     match &cli.command {
+        Command::Up(args) => up::run(args, global),
         Command::Down => down::run(global),
         Command::Status(args) => status::run(args, global),
         Command::Ping(args) => ping::run(args, global),

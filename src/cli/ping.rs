@@ -45,7 +45,8 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
         until_direct: args.until_direct,
     };
     let (mut answered, mut direct) = (false, false);
-    let result = client::call(global, call, &mut |reply| {
+    let patience = args.timeout.saturating_add(args.interval).saturating_add(client::PATIENCE);
+    let result = client::call(global, call, patience, &mut |reply| {
         let Response::Pong(pong) = reply else { return Ok(()) };
         answered |= pong.answered;
         direct |= pong.answered && pong.path == PathKind::Direct;

@@ -1,0 +1,194 @@
+//! `meshd up`: find the token, start the daemon (or be it), say what is up.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use ipnet::Ipv4Net;
+use serde::Serialize;
+
+use crate::cli::error::{CliError, Kind};
+use crate::cli::output::{BOLD, YELLOW, paint};
+use crate::cli::{Global, duration, status};
+use crate::daemon::{self, Options, TokenText, UpReport};
+use crate::wire::local::{Problem, Status};
+use crate::wire::version;
+
+/// More than this is no token.
+const TOKEN_LIMIT: u64 = 64 << 10;
+
+/// Options of `meshd up`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+With a claim token (printed by `meshd coordinator`) this machine founds the network; with an invite token (from `meshd
+invite`) it joins one. Without a token it resumes. Running it twice is harmless.
+
+A token is a secret: give it by --token-file or MESHD_TOKEN to keep it out of the shell's history.
+
+Examples:
+  meshd up meshd-invite1-…
+  meshd up --token-file token --name nas
+  ssh laptop meshd invite | sudo meshd up --token-file -
+  meshd up                                   resume after a reboot
+  meshd up --foreground                      for systemd; logs to standard error")]
+pub struct Args {
+    /// Claim or invite token
+    #[arg(conflicts_with = "token_file")]
+    token: Option<TokenText>,
+    /// Read the token from a file, or from standard input with `-`
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// This machine's name in the network [default: the host name]
+    #[arg(long)]
+    name: Option<String>,
+    /// Name of the interface [default: the first free of mesh0, mesh1, …]
+    #[arg(long, value_name = "NAME")]
+    tun: Option<String>,
+    /// UDP port [default: the one used last, at first a random one]
+    #[arg(long)]
+    port: Option<u16>,
+    /// How long to wait until the node is up, such as 30s
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration::parse)]
+    timeout: Duration,
+    /// Stay in the foreground and log to standard error
+    #[arg(long)]
+    foreground: bool,
+    /// Name of the network, when founding one [default: home]
+    #[arg(long, value_name = "NAME")]
+    network_name: Option<String>,
+    /// IPv4 range of the network, when founding one [default: a free /16 of 100.64.0.0/10]
+    #[arg(long, value_name = "CIDR")]
+    ipv4_range: Option<Ipv4Net>,
+}
+
+/// `meshd up --json`.
+#[derive(Debug, Serialize)]
+struct Document {
+    schema: u16,
+    already_running: bool,
+    notes: Vec<String>,
+    warning: Option<Problem>,
+    status: Status,
+}
+
+pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
+    if args.foreground
+        && let Some(token) = &args.token
+    {
+        return without_token_in_ps(token.text());
+    }
+    let options = Options {
+        state_dir: global.state_dir(),
+        socket: global.socket(),
+        tun: args.tun.clone(),
+        name: args.name.clone(),
+        token: token(args)?,
+        port: args.port.unwrap_or(0),
+        network_name: args.network_name.clone(),
+        ipv4_range: args.ipv4_range,
+    };
+    let report = daemon::spawn_background(&options, args.timeout)?;
+    show(report, global)
+}
+
+fn show(report: UpReport, global: &Global) -> Result<(), CliError> {
+    let output = global.output();
+    for note in &report.notes {
+        output.note(&format!("{} {note}", paint("note:", BOLD)));
+    }
+    if let Some(warning) = &report.warning {
+        output.note(&format!("{} {}", paint("warning:", YELLOW), warning.text));
+        if !warning.hint.is_empty() {
+            output.note(&format!("{} {}", paint("hint:", BOLD), warning.hint));
+        }
+    }
+    let UpReport { status, already_running, notes, warning } = report;
+    let document = Document { schema: version::LOCAL, already_running, notes, warning, status };
+    output.show(&document, |d| status::text(&d.status))
+}
+
+/// The token: the argument, else the file, else the environment.
+fn token(args: &Args) -> Result<Option<TokenText>, CliError> {
+    let text = match (&args.token, &args.token_file) {
+        (Some(token), _) => Some(token.text().to_owned()),
+        (None, Some(file)) => Some(read_token(file)?),
+        (None, None) => std::env::var("MESHD_TOKEN").ok().filter(|token| !token.trim().is_empty()),
+    };
+    Ok(text.map(|text| TokenText::from(text.trim().to_owned())))
+}
+
+fn read_token(file: &Path) -> Result<String, CliError> {
+    let mut text = String::new();
+    let read = if file == Path::new("-") {
+        std::io::stdin().take(TOKEN_LIMIT).read_to_string(&mut text)
+    } else {
+        File::open(file).and_then(|file| file.take(TOKEN_LIMIT).read_to_string(&mut text))
+    };
+    let shown = if file == Path::new("-") { "standard input".to_owned() } else { file.display().to_string() };
+    match read {
+        Err(error) => {
+            let text = format!("cannot read a token from {shown}: {error}");
+            Err(CliError::new(
+                Kind::Failed,
+                "token-file",
+                text,
+                "give the file that holds the token, or - for standard input",
+            ))
+        }
+        Ok(_) if text.trim().is_empty() => {
+            let text = format!("{shown} holds no token");
+            Err(CliError::failed("token-file", text, "meshd invite on an admin node prints one"))
+        }
+        Ok(_) => Ok(text),
+    }
+}
+
+/// Runs this command again in its own place, with the token coming through a pipe: a daemon in the foreground lives long,
+/// and everybody on the machine can read its arguments.
+fn without_token_in_ps(token: &str) -> Result<(), CliError> {
+    let failed =
+        |error: std::io::Error| CliError::failed("daemon", format!("cannot hide the token from ps: {error}"), "");
+    let (reader, mut writer) = std::io::pipe().map_err(failed)?;
+    // A token is far smaller than what a pipe holds.
+    writer.write_all(token.as_bytes()).map_err(failed)?;
+    drop(writer);
+    let args = std::env::args_os().skip(1).filter(|arg| arg.as_encoded_bytes() != token.as_bytes());
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("meshd").args(args).args(["--token-file", "-"]).stdin(Stdio::from(reader));
+    Err(failed(command.exec()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(token: Option<&str>, token_file: Option<&Path>) -> Args {
+        Args {
+            token: token.map(|token| TokenText::from(token.to_owned())),
+            token_file: token_file.map(Path::to_owned),
+            name: None,
+            tun: None,
+            port: None,
+            timeout: Duration::from_secs(30),
+            foreground: false,
+            network_name: None,
+            ipv4_range: None,
+        }
+    }
+
+    #[test]
+    fn a_token_comes_from_an_argument_or_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("token");
+        std::fs::write(&file, "meshd-invite1-abc\n").unwrap();
+        let text = |args: &Args| token(args).unwrap().unwrap().text().to_owned();
+        assert_eq!(text(&args(Some(" meshd-invite1-x "), None)), "meshd-invite1-x");
+        assert_eq!(text(&args(None, Some(&file))), "meshd-invite1-abc");
+        std::fs::write(&file, "\n").unwrap();
+        assert_eq!(token(&args(None, Some(&file))).unwrap_err().problem.code, "token-file");
+        assert_eq!(token(&args(None, Some(&dir.path().join("none")))).unwrap_err().problem.code, "token-file");
+    }
+}
