@@ -26,8 +26,8 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getgid, getuid, setsid};
 
-/// Says which of the three processes this is.
-const ROLE: &str = "MESHD_CONTAINED";
+/// The environment variable that says which of the three processes this is. Not for programs started inside.
+pub const ROLE: &str = "MESHD_CONTAINED";
 
 /// What happens to the box when the work inside is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -206,6 +206,12 @@ impl Segment {
         &self.namespace
     }
 
+    /// The bridge's interface.
+    #[must_use]
+    pub fn bridge_name(&self) -> &str {
+        &self.bridge
+    }
+
     /// The IPv4 address of machine `number` here.
     #[must_use]
     pub fn v4(&self, number: u8) -> String {

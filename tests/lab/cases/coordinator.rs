@@ -1,0 +1,130 @@
+//! The coordinator dies, again and again.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use meshd::wire::local::PathKind;
+
+use crate::net;
+use crate::runner::{Case, case};
+use crate::world::{Icmp, Node, ensure, eventually, until};
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("coordinator::killed_direct_peers_talk_on_and_all_reconnect_within_ten_seconds", killed_and_back),
+        case("coordinator::away_nodes_restart_from_disk_and_find_each_other", restart_without_it),
+        Case {
+            name: "coordinator::killed_fifty_times_it_keeps_every_answered_request",
+            limit: Duration::from_secs(900),
+            run: kill_loop,
+        },
+    ]
+}
+
+fn killed_and_back() -> Result<()> {
+    let mut lab = net::home_nat()?;
+    let nodes = lab.join()?;
+    nodes[0].ping_until_direct("b")?;
+    nodes[1].ping_until_direct("a")?;
+    let pings = nodes[0].start_icmp(nodes[1].address(true)?, &["-q", "-c", "300", "-i", "0.02", "-W", "2"])?;
+    lab.world.coordinator.kill()?;
+    let seen = Icmp::wait(pings, Duration::from_secs(30))?;
+    ensure(seen.received == seen.sent, || format!("without the coordinator: {seen:?}"))?;
+    for node in &nodes {
+        eventually("the coordinator is missed", Duration::from_secs(40), || {
+            ensure(!node.status()?.coordinator.connected, || format!("{} thinks it is connected", node.name))
+        })?;
+        let health = node.status()?.health;
+        ensure(!health.is_empty(), || format!("{} says nothing about it", node.name))?;
+    }
+    ensure(nodes[0].path("b")? == PathKind::Direct, || "the direct path is gone".to_owned())?;
+    lab.world.coordinator.restart()?;
+    let back = Instant::now();
+    for node in &nodes {
+        until(&format!("{} is reconnected", node.name), Duration::from_secs(10).saturating_sub(back.elapsed()), || {
+            Ok(node.status()?.coordinator.connected.then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+fn restart_without_it() -> Result<()> {
+    let mut lab = net::public()?;
+    let nodes = lab.join()?;
+    nodes[0].ping_until_direct("b")?;
+    nodes[1].ping_until_direct("a")?;
+    lab.world.coordinator.kill()?;
+    for node in &nodes[..2] {
+        node.run(&["down"])?;
+    }
+    for node in &nodes[..2] {
+        node.run(&["up", "--timeout", "10s"])?;
+    }
+    let seen = nodes[0].icmp(nodes[1].address(true)?, &["-c", "5", "-i", "0.2", "-W", "5"])?;
+    ensure(seen.received >= 4, || format!("after both restarted without a coordinator: {seen:?}"))
+}
+
+/// Each round: while an invite is asked for and a machine joins with the last answered one, the coordinator is killed
+/// after a few milliseconds more than the round before.
+fn kill_loop() -> Result<()> {
+    let rounds: u8 = if std::env::var_os("MESHD_LAB_SHORT").is_some() { 10 } else { 50 };
+    let mut lab = net::public()?;
+    let admin = Node::new("a", super::join::namespace(&lab, "a"));
+    admin.up(&lab.world.coordinator.claim()?)?;
+    let mut unused: Vec<String> = vec![admin.invite()?];
+    let mut joined: Vec<Node> = Vec::new();
+    let (mut invites_answered, mut killed_in_flight) = (0, 0);
+    for round in 0..rounds {
+        eventually("the admin is connected", Duration::from_secs(15), || {
+            ensure(admin.status()?.coordinator.connected, || "not connected".to_owned())
+        })?;
+        let node = Node::new(&format!("n{round}"), lab.world.internet.host(&format!("n{round}"), 100 + round)?);
+        let token = unused.pop().context("no invite is left")?;
+        let (invite, join) = std::thread::scope(|scope| -> Result<_> {
+            let invite = scope.spawn(|| admin.invite());
+            let join = scope.spawn(|| {
+                let mut command = node.meshd(&["up", "--name", &node.name, "--timeout", "4s"]);
+                node.namespace.output(command.env("MESHD_TOKEN", &token))
+            });
+            // Spread over the whole of both requests, which take about a quarter of a second.
+            std::thread::park_timeout(Duration::from_millis(u64::from(round) * 7 % 350));
+            lab.world.coordinator.kill()?;
+            lab.world.coordinator.restart()?;
+            let died = |_| anyhow::anyhow!("a request's thread panicked");
+            Ok((invite.join().map_err(died)?, join.join().map_err(died)??))
+        })?;
+        match invite {
+            Ok(token) => {
+                invites_answered += 1;
+                unused.push(token);
+            }
+            Err(_) => killed_in_flight += 1,
+        }
+        if join.status.success() {
+            node.run(&["down"])?;
+            joined.push(node);
+        } else {
+            killed_in_flight += 1;
+            // Not answered: either way is right. The next round needs an invite that is certainly good.
+            eventually("the admin can invite", Duration::from_secs(15), || {
+                unused.push(admin.invite()?);
+                Ok(())
+            })?;
+            let _ = node.run(&["down"]);
+        }
+    }
+    println!("{} joined, {invites_answered} invited, {killed_in_flight} requests unanswered", joined.len());
+    ensure(!joined.is_empty(), || "nothing was ever answered: the loop shows nothing".to_owned())?;
+    // Every answered join is in the store, for a node that learns everything from there.
+    let last = Node::new("last", lab.world.internet.host("last", 99)?);
+    last.up(&admin.invite()?)?;
+    for node in &joined {
+        eventually(&format!("{} is known", node.name), Duration::from_secs(10), || last.peer(&node.name).map(drop))?;
+    }
+    // Every answered invite can be redeemed.
+    for (number, token) in (0u8..).zip(unused.iter().take(5)) {
+        let name = format!("late{number}");
+        Node::new(&name, lab.world.internet.host(&name, 90 + number)?).up(token)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,45 @@
+//! What an idle node costs.
+
+use std::fs;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use crate::net;
+use crate::packets::Tap;
+use crate::runner::{Case, case};
+use crate::world::{Node, ensure};
+
+pub fn cases() -> Vec<Case> {
+    vec![case("cost::an_idle_node_is_small_and_quiet", idle)]
+}
+
+/// A number from `/proc/PID/status`.
+fn proc_status(node: &Node, field: &str) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{}/status", node.pid()?))?;
+    let line = text.lines().find(|line| line.starts_with(field)).with_context(|| format!("no {field} in {text}"))?;
+    let number = line.split_whitespace().nth(1).and_then(|word| word.parse().ok());
+    number.with_context(|| format!("no number in {line}"))
+}
+
+/// Bars: 20 MiB resident, 6 threads.
+fn idle() -> Result<()> {
+    let lab = net::public()?;
+    let nodes = lab.join()?;
+    nodes[0].ping_until_direct("b")?;
+    // Nobody talks for a while: half a minute is longer than any keepalive.
+    let tap = Tap::start(&nodes[2].namespace, b"no such word")?;
+    std::thread::park_timeout(Duration::from_secs(30));
+    let quiet = tap.stop();
+    for node in &nodes {
+        let resident = proc_status(node, "VmRSS:")?;
+        let anonymous = proc_status(node, "RssAnon:")?;
+        let threads = proc_status(node, "Threads:")?;
+        println!("{}: {resident} KiB resident ({anonymous} KiB of it not from files), {threads} threads", node.name);
+        ensure(threads <= 6, || format!("{} runs {threads} threads", node.name))?;
+        ensure(resident <= 20 << 10, || format!("{} holds {resident} KiB", node.name))?;
+    }
+    println!("c, which talked to nobody: {} frames in 30 s", quiet.frames);
+    // Only the link to the coordinator may be heard: a few keepalives a minute, each with its acknowledgements.
+    ensure(quiet.frames <= 120, || format!("an idle node sees {} frames in 30 s", quiet.frames))
+}

@@ -1,0 +1,29 @@
+//! What the lab shows. One subject a file.
+
+mod coordinator;
+mod cost;
+mod daemon;
+mod demonstration;
+mod interop;
+mod join;
+mod mistakes;
+mod paths;
+mod secrecy;
+mod stun;
+
+use crate::runner::Case;
+
+/// All cases, in the order in which they run.
+pub fn all() -> Vec<Case> {
+    let mut cases = join::cases();
+    cases.extend(paths::cases());
+    cases.extend(daemon::cases());
+    cases.extend(coordinator::cases());
+    cases.extend(secrecy::cases());
+    cases.extend(stun::cases());
+    cases.extend(mistakes::cases());
+    cases.extend(cost::cases());
+    cases.extend(interop::cases());
+    cases.extend(demonstration::cases());
+    cases
+}

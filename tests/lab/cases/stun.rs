@@ -1,0 +1,119 @@
+//! STUN against programs of others, and `meshd netcheck` against the kernel's NATs.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, bail};
+use meshd::cli::demo::net::{Namespace, Nat};
+use meshd::wire::local::Netcheck;
+
+use crate::net;
+use crate::runner::{Case, case, skip};
+use crate::world::{Node, World, ensure, eventually};
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("netcheck::classifies_the_kernels_nats", classify),
+        case("netcheck::says_that_udp_is_blocked", udp_blocked),
+        case("stun::turnutils_finds_the_nat_behaviour_with_our_server", natdiscovery),
+        case("stun::stun_client_is_answered_by_our_server", stun_client),
+    ]
+}
+
+fn netcheck(node: &Node) -> Result<Netcheck> {
+    Ok(serde_json::from_str(&node.run(&["netcheck", "--json"])?)?)
+}
+
+/// ```text
+///   home  .2 ── [masquerade] ──┐
+///   sym   .2 ── [fully-random] ┼── internet ── coordinator .10/.11
+///   open  .31 ─────────────────┘
+/// ```
+fn classify() -> Result<()> {
+    let world = World::new()?;
+    let home = world.internet.router("rh", 21, Nat::Home)?.lan.host("home", 2)?;
+    let sym = world.internet.router("rs", 22, Nat::Symmetric)?.lan.host("sym", 2)?;
+    let open = world.internet.host("open", 31)?;
+    let nodes = world.join(&[("open", &open), ("home", &home), ("sym", &sym)])?;
+    for (node, mapping, filtering, address) in [
+        (&nodes[0], "endpoint-independent", "endpoint-independent", "203.0.113.31"),
+        (&nodes[1], "endpoint-independent", "address-and-port-dependent", "203.0.113.21"),
+        (&nodes[2], "address-and-port-dependent", "address-and-port-dependent", "203.0.113.22"),
+    ] {
+        let report = netcheck(node)?;
+        let found = (report.mapping.as_deref(), report.filtering.as_deref());
+        ensure(report.udp && found == (Some(mapping), Some(filtering)), || format!("{}: {report:?}", node.name))?;
+        let seen: Vec<String> = report.reflexive.iter().map(|a| a.ip().to_string()).collect();
+        ensure(seen.iter().any(|ip| ip == address), || format!("{} is seen as {seen:?}", node.name))?;
+        ensure(!report.meaning.is_empty(), || "no sentence on what it means".to_owned())?;
+        let text = node.run(&["netcheck"])?;
+        ensure(text.contains(mapping) && text.contains(&report.meaning), || format!("the text lacks it:\n{text}"))?;
+    }
+    Ok(())
+}
+
+fn udp_blocked() -> Result<()> {
+    let world = World::new()?;
+    let open = world.internet.host("open", 31)?;
+    let router = world.internet.router("rb", 22, Nat::Home)?;
+    router.namespace.nft(
+        "table inet block { chain forward { type filter hook forward priority -10; meta l4proto udp drop; }\n }\n",
+    )?;
+    let blocked = router.lan.host("blocked", 2)?;
+    let nodes = world.join(&[("open", &open), ("blocked", &blocked)])?;
+    let report = netcheck(&nodes[1])?;
+    ensure(!report.udp, || format!("{report:?}"))?;
+    let (code, pongs) = nodes[1].ping("open", &["-c", "3", "--interval", "200ms"])?;
+    ensure(code == 0, || format!("not even relayed: {pongs:?}"))?;
+    eventually("status says so", Duration::from_secs(20), || {
+        let health = nodes[1].status()?.health;
+        ensure(health.iter().any(|line| line.code == "udp-blocked" && !line.hint.is_empty()), || format!("{health:?}"))
+    })
+}
+
+fn installed(program: &str) -> bool {
+    ["/usr/bin", "/usr/sbin", "/bin", "/usr/local/bin"].iter().any(|place| Path::new(place).join(program).is_file())
+}
+
+fn behind(world: &World, name: &str, number: u8, nat: Nat) -> Result<Namespace> {
+    world.internet.router(&format!("r{number}"), number, nat)?.lan.host(name, 2)
+}
+
+fn natdiscovery() -> Result<()> {
+    if !installed("turnutils_natdiscovery") {
+        return skip("turnutils_natdiscovery is not installed (apt-get install coturn)");
+    }
+    let world = World::new()?;
+    let home = behind(&world, "home", 21, Nat::Home)?;
+    let sym = behind(&world, "sym", 22, Nat::Symmetric)?;
+    for (machine, mapping, filtering) in [
+        (&home, "Endpoint Independent Mapping", "Address and Port Dependent Filtering"),
+        (&sym, "Address and Port Dependent Mapping", "Address and Port Dependent Filtering"),
+    ] {
+        let mut command = Command::new("turnutils_natdiscovery");
+        let output = machine.output(command.args(["-m", "-f", "203.0.113.10"]))?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        // It words NAT behaviour in its own way in places; compare without case and punctuation.
+        let plain = |text: &str| text.to_lowercase().replace(['-', '!', '"'], " ");
+        for wanted in [mapping, filtering] {
+            ensure(plain(&said).contains(&plain(wanted)), || format!("{}: no {wanted:?} in\n{said}", machine.name()))?;
+        }
+    }
+    Ok(())
+}
+
+fn stun_client() -> Result<()> {
+    if !installed("stun") {
+        return skip("stun is not installed (apt-get install stun-client)");
+    }
+    let lab = net::public_nat()?;
+    let machine = super::join::namespace(&lab, "b");
+    let mut command = Command::new("stun");
+    let output = machine.output(command.args(["203.0.113.10", "1", "-v"]))?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    if !said.contains("203.0.113.22") {
+        bail!("it was not told its address:\n{said}");
+    }
+    Ok(())
+}
