@@ -13,8 +13,14 @@
 //! MESHD_LAB_KEEP_LOGS=DIR …                  keep the logs of failed cases
 //! ```
 
-#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::print_stdout, reason = "a program that does I/O")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    clippy::print_stdout,
+    reason = "a program that does I/O"
+)]
 #![allow(clippy::unwrap_used, reason = "a test")]
+#![allow(unreachable_pub, reason = "a program: nothing in it is reached from outside")]
 
 mod cases;
 mod net;

@@ -84,7 +84,8 @@ impl Tap {
     /// Starts to look for `word` in every frame.
     pub fn start(namespace: &Namespace, word: &[u8]) -> Result<Self> {
         let socket = open(namespace, None)?;
-        let (stop, frames, hits) = (Arc::new(AtomicBool::new(false)), Arc::default(), Arc::default());
+        let stop = Arc::new(AtomicBool::new(false));
+        let (frames, hits) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
         let thread = std::thread::Builder::new().name("tap".to_owned()).spawn({
             let (stop, frames, hits, word) = (Arc::clone(&stop), Arc::clone(&frames), Arc::clone(&hits), word.to_vec());
             move || {
@@ -94,7 +95,6 @@ impl Tap {
                         continue;
                     }
                     let Ok(n) = nix::unistd::read(&socket, &mut buffer) else { continue };
-                    let frames: &AtomicU64 = &frames;
                     frames.fetch_add(1, Ordering::Relaxed);
                     if buffer[..n].windows(word.len()).any(|part| part == word) {
                         hits.fetch_add(1, Ordering::Relaxed);

@@ -146,7 +146,8 @@ pub struct Icmp {
 
 impl Icmp {
     pub fn parse(text: &str) -> Result<Self> {
-        let line = text.lines().find(|line| line.contains("packets transmitted")).with_context(|| format!("ping: {text}"))?;
+        let line =
+            text.lines().find(|line| line.contains("packets transmitted")).with_context(|| format!("ping: {text}"))?;
         let numbers: Vec<u32> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
         let [sent, received, ..] = numbers.as_slice() else { bail!("ping: {line}") };
         let worst = text
@@ -224,10 +225,6 @@ impl Coordinator {
     pub fn restart(&mut self) -> Result<()> {
         self.process = Self::spawn(&self.node, &self.args)?;
         self.wait()
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.process.id()
     }
 }
 

@@ -41,9 +41,11 @@ fn killed_and_back() -> Result<()> {
     lab.world.coordinator.restart()?;
     let back = Instant::now();
     for node in &nodes {
-        until(&format!("{} is reconnected", node.name), Duration::from_secs(10).saturating_sub(back.elapsed()), || {
-            Ok(node.status()?.coordinator.connected.then_some(()))
-        })?;
+        until(
+            &format!("{} is reconnected", node.name),
+            Duration::from_secs(10).saturating_sub(back.elapsed()),
+            || Ok(node.status()?.coordinator.connected.then_some(())),
+        )?;
     }
     Ok(())
 }

@@ -57,7 +57,8 @@ fn without_lifetimes(line: &str) -> String {
 }
 
 fn unchanged(before: &str, after: &str) -> Result<()> {
-    let only = |a: &str, b: &str| a.lines().filter(|line| !b.lines().any(|l| l == *line)).collect::<Vec<_>>().join("\n");
+    let only =
+        |a: &str, b: &str| a.lines().filter(|line| !b.lines().any(|l| l == *line)).collect::<Vec<_>>().join("\n");
     ensure(before == after, || format!("gone:\n{}\nnew:\n{}", only(before, after), only(after, before)))
 }
 

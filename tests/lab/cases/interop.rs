@@ -254,7 +254,9 @@ fn interop(meshd_first: bool) -> Result<()> {
         session.answered, session.handshakes
     );
     // The last request of ours may still be under way.
-    ensure(asked > 40 && session.answered + 1 >= asked, || format!("of {asked} pings {} were answered", session.answered))?;
+    ensure(asked > 40 && session.answered + 1 >= asked, || {
+        format!("of {asked} pings {} were answered", session.answered)
+    })?;
     ensure(theirs.sent > 40 && theirs.received == theirs.sent, || format!("wireguard-go: {theirs:?}"))?;
     ensure(session.answers_given >= theirs.received, || format!("{} given", session.answers_given))?;
     if !short {

@@ -35,7 +35,9 @@ fn upgrade(lab: Topology) -> Result<()> {
     })?;
     let seen = Icmp::wait(pings, Duration::from_secs(30))?;
     ensure(direct_after <= Duration::from_secs(2), || format!("direct only after {direct_after:?}"))?;
-    ensure(seen.sent == 500 && seen.received == 500, || format!("of {} pings {} were answered", seen.sent, seen.received))?;
+    ensure(seen.sent == 500 && seen.received == 500, || {
+        format!("of {} pings {} were answered", seen.sent, seen.received)
+    })?;
     let endpoint = nodes[0].peer("b")?.path.endpoint.unwrap_or_default();
     ensure(endpoint.starts_with("203.0.113.22:"), || format!("direct, but to {endpoint}"))
 }

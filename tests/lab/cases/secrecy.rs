@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use crate::net;
 use crate::packets::Tap;
 use crate::runner::{Case, case};
-use crate::world::{Icmp, Node, ensure};
+use crate::world::{Node, ensure};
 
 /// Nothing else on these wires looks like it.
 const WORD: &[u8] = b"ORIGINAL-CONTENT-THAT-ONLY-TWO-NODES-MAY-READ";
@@ -47,7 +47,11 @@ fn ciphertext_only(lab: &net::Topology) -> Result<()> {
     ensure(outside.frames > 0 && outside.hits == 0, || format!("on the internet: {outside:?}"))?;
     ensure(at_coordinator.hits == 0, || format!("at the coordinator: {at_coordinator:?}"))?;
     // On disk neither.
-    let output = std::process::Command::new("grep").args(["-rl", "--binary-files=text"]).arg(std::str::from_utf8(WORD)?).arg("/run/lab").output()?;
+    let output = std::process::Command::new("grep")
+        .args(["-rl", "--binary-files=text"])
+        .arg(std::str::from_utf8(WORD)?)
+        .arg("/run/lab")
+        .output()?;
     ensure(output.stdout.is_empty(), || format!("on disk: {}", String::from_utf8_lossy(&output.stdout)))
 }
 
