@@ -87,9 +87,9 @@ impl fmt::Display for CliError {
 
 impl std::error::Error for CliError {}
 
-/// A command line that clap did not accept, in the form of every other error.
+/// A command line that clap did not accept, in the form of every other error. `command` is the subcommand, if known.
 #[must_use]
-pub fn from_clap(error: &clap::Error) -> CliError {
+pub fn from_clap(error: &clap::Error, command: Option<&str>) -> CliError {
     let rendered = error.render().to_string();
     let mut text = String::new();
     let mut hint = String::new();
@@ -108,7 +108,10 @@ pub fn from_clap(error: &clap::Error) -> CliError {
         }
     }
     if hint.is_empty() {
-        "meshd --help lists the commands, meshd COMMAND --help their options".clone_into(&mut hint);
+        hint = match command {
+            Some(command) => format!("meshd {command} --help shows its options and examples"),
+            None => "meshd --help lists the commands".to_owned(),
+        };
     }
     CliError::new(Kind::Usage, "usage", text, hint)
 }

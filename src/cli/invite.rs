@@ -9,8 +9,8 @@ use crate::wire::local::{Call, Response};
 /// Options of `meshd invite`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The token alone goes to standard output. Whoever holds it can join until it expires or is used up: treat it like a
-password.
+The token alone goes to standard output. Whoever holds it can join until it expires or is used up:
+treat it like a password.
 
 Examples:
   meshd invite                              one machine, within 24 hours

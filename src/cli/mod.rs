@@ -137,7 +137,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
         Ok(cli) => (cli.global.output(), dispatch(&cli)),
         Err(error) => {
             let output = Output::new(args.iter().any(|arg| arg == "--json"));
-            (output, explain(&error, output))
+            (output, explain(&error, &args, output))
         }
     };
     match result {
@@ -150,7 +150,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
 }
 
 /// Prints help where help was asked for; says what is wrong with the command line where it was not.
-fn explain(error: &clap::Error, output: Output) -> Result<(), CliError> {
+fn explain(error: &clap::Error, args: &[OsString], output: Output) -> Result<(), CliError> {
     let help = error.render().ansi().to_string();
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => output.raw(help.as_bytes()),
@@ -161,7 +161,12 @@ fn explain(error: &clap::Error, output: Output) -> Result<(), CliError> {
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             Err(CliError::new(Kind::Usage, "usage", "a command is missing", "meshd --help lists the commands"))
         }
-        _ => Err(error::from_clap(error)),
+        _ => {
+            let known = Cli::command();
+            let named = |arg: &&OsString| known.get_subcommands().any(|sub| sub.get_name() == **arg);
+            let command = args.iter().find(named).and_then(|arg| arg.to_str());
+            Err(error::from_clap(error, command))
+        }
     }
 }
 

@@ -10,8 +10,8 @@ use crate::wire::local::{Call, Netcheck, Response};
 /// Options of `meshd netcheck`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-NAT behaviour is given in the words of RFC 4787: endpoint-independent mapping lets two nodes meet directly,
-address-and-port-dependent mapping on both sides usually needs the relay.")]
+NAT behaviour is given in the words of RFC 4787: endpoint-independent mapping lets two nodes meet
+directly, address-and-port-dependent mapping on both sides needs the relay.")]
 pub struct Args {}
 
 pub(super) fn run(_: &Args, global: &Global) -> Result<(), CliError> {

@@ -7,8 +7,8 @@ use crate::wire::local::{Call, Response};
 /// Options of `meshd remove`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Every node stops talking to it as soon as it hears of it, and never forgets. To let the machine in again, give it a new
-invite and a new state directory.
+Every node stops talking to it as soon as it hears of it, and never forgets. To let the machine in
+again, give it a new invite and a new state directory.
 
 Example:
   meshd remove old-phone")]

@@ -7,7 +7,6 @@ use crate::cli::error::{CliError, Kind};
 use crate::cli::output::{BOLD, GREEN, YELLOW, bytes, millis, paint, seconds, severity_style, table};
 use crate::cli::{Global, client};
 use crate::wire::local::{Call, DropCount, PathKind, Response, Severity, Status, StatusPeer};
-use crate::wire::version;
 
 /// Options of `meshd status`.
 #[derive(Debug, clap::Args)]
@@ -16,8 +15,8 @@ Exit codes:
   0  running
   1  not running, or not what --check asked for
 
-PATH is `direct` (to the peer's own address), `relay` (through the coordinator, which sees ciphertext only), `idle`
-(nothing sent lately; sessions are made on demand) or `offline`.")]
+PATH is `direct` (to the peer's own address), `relay` (through the coordinator, which sees
+ciphertext only), `idle` (nothing sent lately; sessions are made on demand) or `offline`.")]
 pub struct Args {
     /// Only say by the exit code whether the daemon answers (live), or is also connected (ready)
     #[arg(long, value_name = "WHAT")]
@@ -61,16 +60,9 @@ fn ready(status: &Status) -> Result<(), CliError> {
     Ok(())
 }
 
-/// `meshd status --drops --json`.
-#[derive(serde::Serialize)]
-struct DropsDocument {
-    schema: u16,
-    drops: Vec<DropCount>,
-}
-
 fn drops(global: &Global) -> Result<(), CliError> {
     let drops = client::ask(global, Call::Drops, |reply| if let Response::Drops(d) = reply { Some(d) } else { None })?;
-    global.output().show(&DropsDocument { schema: version::LOCAL, drops }, |document| drops_text(&document.drops))
+    global.output().show(&drops, |d| drops_text(&d.drops))
 }
 
 fn drops_text(counts: &[DropCount]) -> String {

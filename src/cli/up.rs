@@ -23,8 +23,8 @@ const TOKEN_LIMIT: u64 = 64 << 10;
 /// Options of `meshd up`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-With a claim token (printed by `meshd coordinator`) this machine founds the network; with an invite token (from `meshd
-invite`) it joins one. Without a token it resumes. Running it twice is harmless.
+With a claim token (printed by `meshd coordinator`) this machine founds the network, with an invite
+token (from `meshd invite`) it joins one, without a token it resumes. Running it twice is harmless.
 
 A token is a secret: give it by --token-file or MESHD_TOKEN to keep it out of the shell's history.
 
@@ -60,7 +60,7 @@ pub struct Args {
     #[arg(long, value_name = "NAME")]
     network_name: Option<String>,
     /// IPv4 range of the network, when founding one [default: a free /16 of 100.64.0.0/10]
-    #[arg(long, value_name = "CIDR")]
+    #[arg(long, value_name = "CIDR", value_parser = range)]
     ipv4_range: Option<Ipv4Net>,
 }
 
@@ -92,6 +92,18 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
     };
     let report = daemon::spawn_background(&options, args.timeout)?;
     show(report, global)
+}
+
+/// Parses an IPv4 prefix, naming the mistake.
+fn range(text: &str) -> Result<Ipv4Net, String> {
+    let net: Ipv4Net = text.parse().map_err(|_| match text.parse::<std::net::Ipv4Addr>() {
+        Ok(address) => format!("{address} has no prefix length; did you mean {address}/16?"),
+        Err(_) => "it is no IPv4 prefix; write for example 100.71.0.0/16".to_owned(),
+    })?;
+    if net.addr() == net.network() {
+        return Ok(net);
+    }
+    Err(format!("{text} has bits set outside its prefix; did you mean {}?", net.trunc()))
 }
 
 fn show(report: UpReport, global: &Global) -> Result<(), CliError> {

@@ -84,7 +84,7 @@ pub enum Response {
     /// A node was revoked.
     Removed(Removed),
     /// Drop counters.
-    Drops(Vec<DropCount>),
+    Drops(DropCounts),
     /// The call is complete.
     Done,
     /// The call failed; nothing changed.
@@ -344,6 +344,22 @@ pub struct Removed {
     pub name: String,
     /// Its short id.
     pub id: String,
+}
+
+/// `meshd status --drops --json`, schema 1. (A list alone could not be told apart from other answers: an answer is an
+/// object with a `reply` field.)
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DropCounts {
+    /// 1.
+    pub schema: u16,
+    /// Every reason, also those that never happened.
+    pub drops: Vec<DropCount>,
+}
+
+impl FromIterator<DropCount> for DropCounts {
+    fn from_iter<I: IntoIterator<Item = DropCount>>(counts: I) -> Self {
+        Self { schema: 1, drops: counts.into_iter().collect() }
+    }
 }
 
 /// One drop counter.

@@ -1,0 +1,103 @@
+//! Mistakes on the command line, and commands that need a daemon where there is none.
+
+use std::process::Stdio;
+
+use crate::snapshot::{assert_snapshot, meshd, transcript};
+
+fn check(name: &str, lines: &[&[&str]]) {
+    let texts: Vec<String> = lines
+        .iter()
+        .map(|args| {
+            let output = meshd(args).stdin(Stdio::null()).output().unwrap();
+            assert!(!output.status.success(), "{args:?} succeeded");
+            transcript(args, &output)
+        })
+        .collect();
+    assert_snapshot(name, &texts.join("\n"));
+}
+
+#[test]
+fn wrong_command_lines() {
+    check(
+        "usage",
+        &[
+            &["stauts"],
+            &["ping"],
+            &["ping", "--jsno", "nas"],
+            &["ping", "nas", "--timeout", "5"],
+            &["ping", "nas", "--timeout", "five"],
+            &["ping", "nas", "--timeout", "5sec"],
+            &["ping", "nas", "-c", "0"],
+            &["invite", "--expires", "7days"],
+            &["invite", "--uses", "0"],
+            &["invite", "--uses", "3", "--name", "nas"],
+            &["status", "--check", "redy"],
+            &["up", "--port", "70000"],
+            &["up", "--ipv4-range", "100.64.0.0"],
+            &["up", "--ipv4-range", "100.64.3.0/16"],
+            &["up", "--ipv4-range", "home"],
+            &["completions", "bahs"],
+            &["up", "--token-file", "/nonexistent/token"],
+            &["stauts", "--json"],
+        ],
+    );
+}
+
+#[test]
+fn no_daemon() {
+    let dir = ["--state-dir", "/nonexistent/meshd"];
+    let lines: Vec<Vec<&str>> = [
+        &["status"][..],
+        &["status", "--json"],
+        &["status", "--check", "live"],
+        &["ping", "nas"],
+        &["netcheck"],
+        &["ip"],
+        &["invite"],
+        &["remove", "nas"],
+    ]
+    .iter()
+    .map(|args| [args, &dir[..]].concat())
+    .collect();
+    let lines: Vec<&[&str]> = lines.iter().map(Vec::as_slice).collect();
+    check("not-running", &lines);
+}
+
+#[test]
+fn tokens_that_are_none() {
+    let dir = ["--state-dir", "/nonexistent/meshd"];
+    let lines: Vec<Vec<&str>> = [
+        &["up", "hello"][..],
+        &["up", "meshd-invite1-abc"],
+        &["up", "meshd-invite9-abc"],
+        &["up", "meshd-invite1-a b"],
+    ]
+    .iter()
+    .map(|args| [args, &dir[..]].concat())
+    .collect();
+    let lines: Vec<&[&str]> = lines.iter().map(Vec::as_slice).collect();
+    check("tokens", &lines);
+}
+
+#[test]
+fn without_a_command_the_help_goes_to_standard_error() {
+    let output = meshd(&[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(output.stdout.is_empty());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("Commands:"));
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let mut child = meshd(&["completions", "bash"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+}
+
+#[test]
+fn colour_is_for_terminals() {
+    let output = meshd(&["status", "--state-dir", "/nonexistent/meshd"]).output().unwrap();
+    assert!(!output.stderr.contains(&0x1b), "{}", String::from_utf8_lossy(&output.stderr));
+}

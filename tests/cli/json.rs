@@ -1,0 +1,218 @@
+//! The documents scripts read: their fields may grow in number, never change their names.
+//!
+//! A daemon of straw answers on a socket, so that every command's document is made by the real program.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixListener;
+use std::process::Output;
+
+use meshd::wire::local::{
+    DropCount, Health, Netcheck, NetcheckServer, PathKind, Pong, Problem, Removed, Request, Response, Severity, Status,
+    StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply,
+};
+
+use crate::snapshot::{assert_snapshot, meshd, transcript};
+
+/// Runs a command against a daemon that gives these answers to one call. Returns the call too.
+fn with_daemon(args: &[&str], answers: &[Response]) -> (Output, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("meshd.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    std::thread::scope(|scope| {
+        let daemon = scope.spawn(|| {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut line = String::new();
+            BufReader::new(stream.try_clone().unwrap()).read_line(&mut line).unwrap();
+            serde_json::from_str::<Request>(&line).unwrap();
+            for answer in answers {
+                stream.write_all((serde_json::to_string(answer).unwrap() + "\n").as_bytes()).unwrap();
+            }
+            line
+        });
+        let output = meshd(args).arg("--socket").arg(&socket).output().unwrap();
+        (output, daemon.join().unwrap())
+    })
+}
+
+fn check(name: &str, args: &[&str], answers: &[Response]) {
+    let mut text = String::new();
+    for form in [&[][..], &["--json"]] {
+        let args = [args, form].concat();
+        let (output, call) = with_daemon(&args, answers);
+        text.push_str(&format!("{}\n", transcript(&args, &output)));
+        if form.is_empty() {
+            text.push_str(&format!("(asked: {})\n\n", call.trim()));
+        }
+    }
+    assert_snapshot(name, &text);
+}
+
+fn status() -> Status {
+    let path = |kind, endpoint: Option<&str>, rtt_ms, reason: Option<&str>| StatusPath {
+        kind,
+        endpoint: endpoint.map(str::to_owned),
+        rtt_ms,
+        since_s: rtt_ms.map(|_| 63),
+        reason: reason.map(str::to_owned),
+    };
+    let peer = |name: &str, number: u8, online, path| StatusPeer {
+        name: name.to_owned(),
+        id: format!("bb2200000000000{number}"),
+        addresses: vec![format!("100.71.0.{number}").parse().unwrap(), format!("fd00::{number}").parse().unwrap()],
+        routes: vec![],
+        online,
+        path,
+        rx_bytes: 123_456,
+        tx_bytes: 789,
+        last_handshake_s: Some(12),
+    };
+    Status {
+        schema: 1,
+        state: "running".to_owned(),
+        network: StatusNetwork { name: "home".to_owned(), id: "00112233445566778899".repeat(3) },
+        me: StatusSelf {
+            name: "laptop".to_owned(),
+            id: "aa11000000000000".to_owned(),
+            addresses: vec!["100.71.0.1".parse().unwrap(), "fd00::1".parse().unwrap()],
+            routes: vec![],
+            version: "0.1.0".to_owned(),
+            admin: true,
+            interface: "mesh0".to_owned(),
+            port: 40_000,
+        },
+        coordinator: StatusCoordinator {
+            url: "https://vpn.example.org".to_owned(),
+            connected: false,
+            last_heard_s: Some(75.4),
+            relay_connected: false,
+        },
+        nat: StatusNat {
+            udp: Some(true),
+            mapping: Some("endpoint-independent".to_owned()),
+            filtering: Some("address-and-port-dependent".to_owned()),
+            reflexive: vec!["203.0.113.7:50112".parse().unwrap()],
+            port_mapping: None,
+        },
+        peers: vec![
+            peer("nas", 2, true, path(PathKind::Direct, Some("198.51.100.4:38220"), Some(11.8), None)),
+            peer(
+                "phone",
+                3,
+                true,
+                path(PathKind::Relay, Some("https://vpn.example.org"), Some(31.0), Some("both NATs are symmetric")),
+            ),
+            peer("tv", 4, false, path(PathKind::None, None, None, None)),
+        ],
+        health: vec![Health {
+            code: "coordinator-unreachable".to_owned(),
+            severity: Severity::Warning,
+            text: "the coordinator does not answer".to_owned(),
+            hint: "check that it runs".to_owned(),
+            since_s: 70,
+        }],
+    }
+}
+
+fn pong(seq: u32, answered: bool, path: PathKind, endpoint: &str, rtt_ms: f64) -> Response {
+    Response::Pong(Pong {
+        schema: 1,
+        seq,
+        peer: "nas".to_owned(),
+        address: "100.71.0.2".parse().unwrap(),
+        answered,
+        path,
+        endpoint: answered.then(|| endpoint.to_owned()),
+        rtt_ms: answered.then_some(rtt_ms),
+    })
+}
+
+#[test]
+fn status_document() {
+    check("status", &["status"], &[Response::Status(Box::new(status())), Response::Done]);
+}
+
+#[test]
+fn status_checks() {
+    let answers = [Response::Status(Box::new(status())), Response::Done];
+    check("status-live", &["status", "--check", "live"], &answers);
+    check("status-ready", &["status", "--check", "ready"], &answers);
+}
+
+#[test]
+fn drops_document() {
+    let count =
+        |reason: &str, packets, text: &str| DropCount { reason: reason.to_owned(), packets, text: text.to_owned() };
+    let drops = [count("no-route", 3, "no peer owns the destination address"), count("replayed", 0, "seen before")];
+    check("drops", &["status", "--drops"], &[Response::Drops(drops.into_iter().collect()), Response::Done]);
+}
+
+#[test]
+fn ping_documents_and_exit_codes() {
+    let relay = pong(1, true, PathKind::Relay, "coordinator", 31.2);
+    let direct = pong(2, true, PathKind::Direct, "203.0.113.9:50112", 12.4);
+    let lost = pong(1, false, PathKind::None, "", 0.0);
+    check("ping", &["ping", "nas"], &[relay.clone(), direct, Response::Done]);
+    check("ping-relay-only", &["ping", "--until-direct", "nas"], &[relay, Response::Done]);
+    check("ping-lost", &["ping", "-c", "1", "nas"], &[lost, Response::Done]);
+    let unknown = Problem {
+        code: "unknown-peer".to_owned(),
+        text: "no node in this network is called \"nsa\"".to_owned(),
+        hint: "did you mean nas?".to_owned(),
+    };
+    check("ping-unknown", &["ping", "nsa"], &[Response::Error(unknown)]);
+}
+
+#[test]
+fn netcheck_document() {
+    let report = Netcheck {
+        schema: 1,
+        udp: true,
+        reflexive: vec!["203.0.113.7:50112".parse().unwrap()],
+        mapping: Some("endpoint-independent".to_owned()),
+        filtering: None,
+        port_mapping: None,
+        ipv6: false,
+        servers: vec![
+            NetcheckServer {
+                server: "198.51.100.1:3478".parse().unwrap(),
+                rtt_ms: Some(21.0),
+                reflexive: Some("203.0.113.7:50112".parse().unwrap()),
+            },
+            NetcheckServer { server: "198.51.100.2:3478".parse().unwrap(), rtt_ms: None, reflexive: None },
+        ],
+        coordinator_rtt_ms: Some(20.4),
+        relay_rtt_ms: None,
+        meaning: "Most peers will be reached directly.".to_owned(),
+    };
+    check("netcheck", &["netcheck"], &[Response::Netcheck(Box::new(report)), Response::Done]);
+}
+
+#[test]
+fn ip_documents() {
+    let answers = [Response::Status(Box::new(status())), Response::Done];
+    check("ip", &["ip"], &answers);
+    check("ip-peer", &["ip", "-4", "nas"], &answers);
+    check("ip-by-id", &["ip", "-6", "bb22000000000003"], &answers);
+    check("ip-ambiguous", &["ip", "bb22"], &answers);
+    check("ip-unknown", &["ip", "nsa"], &answers);
+}
+
+#[test]
+fn invite_remove_down_version() {
+    let token = TokenReply {
+        schema: 1,
+        token: "meshd-invite1-abcdef".to_owned(),
+        invite: "ee".repeat(32),
+        uses: 1,
+        expires: 1_800_000_000,
+    };
+    check("invite", &["invite", "--name", "nas", "--expires", "1h30m"], &[Response::Token(token), Response::Done]);
+    let removed = Removed { schema: 1, name: "phone".to_owned(), id: "bb22000000000003".to_owned() };
+    check("remove", &["remove", "phone"], &[Response::Removed(removed), Response::Done]);
+    check("down", &["down"], &[Response::Done]);
+    let text: Vec<String> = [&["version"][..], &["version", "--json"], &["--version"]]
+        .iter()
+        .map(|args| transcript(args, &meshd(args).output().unwrap()))
+        .collect();
+    assert_snapshot("version", &text.join("\n"));
+}
