@@ -47,6 +47,8 @@ const REJECT_AFTER_MESSAGES: u64 = 1 << 63;
 /// While a session lives, `next_tick` is never further away than this: workers seal and open without telling the
 /// planner, so due times must be looked for.
 const WATCH_INTERVAL: Duration = Duration::from_secs(5);
+/// Sessions are forgotten this long after they were last usable: boringtun lets go of them only after, not at, their end.
+const GRACE: Duration = Duration::from_secs(1);
 /// boringtun's ring of sessions; a session's place is its index modulo this.
 const RING: usize = 8;
 
@@ -404,7 +406,7 @@ impl Tunnel {
     pub fn next_tick(&self, now: Now) -> Option<Now> {
         let attempt =
             self.attempt.map(|a| (a.last + REKEY_TIMEOUT + self.jitter()).min(a.started + REKEY_ATTEMPT_TIME));
-        let expiry = self.ring.iter().flatten().map(|s| s.since + REJECT_AFTER_TIME).min();
+        let expiry = self.ring.iter().flatten().map(|s| s.since + REJECT_AFTER_TIME + GRACE).min();
         let due = self.sending(now).and_then(|_| {
             let rekey = (self.rekey && self.attempt.is_none()).then_some(now);
             let watch = Some(self.last_tick.max(self.established_at.unwrap_or_default()) + WATCH_INTERVAL);
@@ -434,7 +436,7 @@ impl Tunnel {
     fn forget_old_sessions(&mut self, now: Now) {
         let mut forgot = false;
         for (place, slot) in self.ring.iter_mut().enumerate() {
-            if slot.is_some_and(|s| now.since(s.since) >= REJECT_AFTER_TIME) {
+            if slot.is_some_and(|s| now.since(s.since) >= REJECT_AFTER_TIME + GRACE) {
                 *slot = None;
                 forgot = true;
                 if self.current == Some(place) {

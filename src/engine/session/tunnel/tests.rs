@@ -610,6 +610,50 @@ mod virtual_time {
         }
     }
 
+    /// boringtun throws sessions away by its own idea of the time. If that was behind when a session began, the next
+    /// handshake would find the session too old.
+    #[test]
+    fn the_next_handshake_does_not_throw_a_live_session_away() {
+        for (first, second) in [(0, 1), (0, 0), (1, 0)] {
+            let mut wire = Wire::new();
+            wire.now = wire.now + SECOND * 3 * 3600;
+            wire.initiate(first);
+            wire.run_for(SECOND);
+            assert!(wire.ends.iter().all(|end| end.can_send(wire.now)));
+            wire.run_for(SECOND * 10);
+            wire.initiate(second);
+            assert!(wire.ends[second].can_send(wire.now));
+            wire.run_for(DELAY + DELAY / 2);
+            assert!(wire.ends[1 - second].can_send(wire.now), "before the new session is confirmed");
+        }
+    }
+
+    #[test]
+    fn a_session_that_took_a_minute_of_trying_is_as_good_as_any() {
+        let mut wire = Wire::new();
+        wire.now = wire.now + SECOND * 3600;
+        wire.cut = true;
+        wire.initiate(0);
+        wire.run_for(SECOND * 80);
+        wire.cut = false;
+        wire.run_for(SECOND * 6);
+        assert!(wire.ends[0].can_send(wire.now));
+        wire.run_for(SECOND * 150);
+        wire.initiate(1);
+        wire.run_for(DELAY + DELAY / 2);
+        assert!(wire.ends[0].can_send(wire.now), "the session is not yet three minutes old");
+    }
+
+    #[test]
+    fn the_keys_of_a_dead_session_are_forgotten() {
+        let mut wire = Wire::new();
+        wire.send(0);
+        wire.run_for(SECOND);
+        assert!(wire.ends.iter().all(|end| end.tunn.time_since_last_handshake().is_some()));
+        wire.run_for(REJECT_AFTER_TIME + SECOND);
+        assert!(wire.ends.iter().all(|end| end.tunn.time_since_last_handshake().is_none()));
+    }
+
     #[test]
     fn a_restarted_node_is_not_taken_for_a_replay() {
         let Pair { mut a, mut b, now } = fresh();
