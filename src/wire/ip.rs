@@ -184,3 +184,200 @@ fn icmpv6(original: &[u8], from: Ipv6Addr, to: Ipv6Addr, kind: Icmpv6Type) -> Op
     packet.write(&mut out, quoted).ok()?;
     Some(out)
 }
+
+#[cfg(test)]
+mod tests {
+    use etherparse::{IpFragOffset, Ipv6FragmentHeader, NetSlice, SlicedPacket, TransportSlice};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const A4: [u8; 4] = [100, 64, 0, 1];
+    const B4: [u8; 4] = [100, 64, 0, 2];
+
+    fn a6() -> [u8; 16] {
+        "fd00::1".parse::<Ipv6Addr>().unwrap().octets()
+    }
+
+    fn b6() -> [u8; 16] {
+        "fd00::2".parse::<Ipv6Addr>().unwrap().octets()
+    }
+
+    fn udp4(to: [u8; 4], len: usize) -> Vec<u8> {
+        let mut out = Vec::new();
+        PacketBuilder::ipv4(A4, to, 9).udp(1, 2).write(&mut out, &vec![7; len]).unwrap();
+        out
+    }
+
+    fn udp6(to: [u8; 16], len: usize) -> Vec<u8> {
+        let mut out = Vec::new();
+        PacketBuilder::ipv6(a6(), to, 9).udp(1, 2).write(&mut out, &vec![7; len]).unwrap();
+        out
+    }
+
+    #[test]
+    fn addresses_are_read_from_whole_packets_only() {
+        for packet in [udp4(B4, 30), udp6(b6(), 30)] {
+            let (source, destination) = source_destination(&packet).unwrap();
+            assert_eq!(super::destination(&packet), Ok(destination));
+            assert_ne!(source, destination);
+            for end in 0..packet.len() {
+                assert!(source_destination(&packet[..end]).is_err(), "cut to {end}");
+            }
+            let longer = [&packet[..], &[0]].concat();
+            assert_eq!(source_destination(&longer), Err(BadIp::Length));
+        }
+        assert_eq!(super::destination(&udp4(B4, 0)), Ok(IpAddr::from(B4)));
+        assert_eq!(super::destination(&udp6(b6(), 0)), Ok(IpAddr::from(b6())));
+        assert_eq!(super::destination(&[0x50; 60]), Err(BadIp::Version));
+        assert_eq!(super::destination(&[]), Err(BadIp::Header));
+        let mut short_header = udp4(B4, 30);
+        short_header[0] = 0x44;
+        assert_eq!(super::destination(&short_header), Err(BadIp::Header));
+        let mut long_header = udp4(B4, 0);
+        long_header[0] = 0x4F;
+        assert_eq!(super::destination(&long_header), Err(BadIp::Header));
+    }
+
+    /// Checks everything about an ICMP error but its type, and returns that.
+    fn inspect(error: &[u8], from: IpAddr, to: IpAddr, original: &[u8]) -> (u8, u8) {
+        assert_eq!(source_destination(error), Ok((from, to)));
+        let sliced = SlicedPacket::from_ip(error).unwrap();
+        match (sliced.net.unwrap(), sliced.transport.unwrap()) {
+            (NetSlice::Ipv4(ip), TransportSlice::Icmpv4(icmp)) => {
+                assert_eq!(ip.header().header_checksum(), ip.header().to_header().calc_header_checksum());
+                assert!(original.starts_with(icmp.payload()) && error.len() <= 576);
+                assert_eq!(internet_checksum(icmp.slice()), 0);
+                (icmp.type_u8(), icmp.code_u8())
+            }
+            (NetSlice::Ipv6(ip), TransportSlice::Icmpv6(icmp)) => {
+                assert!(original.starts_with(icmp.payload()) && error.len() <= 1280);
+                assert!(icmp.is_checksum_valid(ip.header().source(), ip.header().destination()));
+                (icmp.type_u8(), icmp.code_u8())
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn internet_checksum(bytes: &[u8]) -> u16 {
+        let mut sum: u32 = 0;
+        for pair in bytes.chunks(2) {
+            sum += u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+        }
+        while sum > 0xFFFF {
+            sum = (sum & 0xFFFF) + (sum >> 16);
+        }
+        !u16::try_from(sum).unwrap()
+    }
+
+    #[test]
+    fn errors_quote_the_packet_and_go_to_its_source() {
+        for len in [0, 40, 1200, 8000] {
+            let four = udp4(B4, len);
+            let (a, b) = (IpAddr::from(A4), IpAddr::from(B4));
+            for (why, code) in [(Unreachable::NoRoute, 0), (Unreachable::Host, 1), (Unreachable::Prohibited, 13)] {
+                let from = "100.64.9.9".parse().unwrap();
+                assert_eq!(inspect(&icmp_unreachable(&four, from, why).unwrap(), from, a, &four), (3, code));
+            }
+            assert_eq!(inspect(&unreachable(&four).unwrap(), b, a, &four), (3, 0));
+            let too_big = packet_too_big(&four, 1280).unwrap();
+            assert_eq!(inspect(&too_big, b, a, &four), (3, 4));
+            assert_eq!(too_big[26..28], 1280u16.to_be_bytes());
+
+            let six = udp6(b6(), len);
+            let (a, b) = (IpAddr::from(a6()), IpAddr::from(b6()));
+            for (why, code) in [(Unreachable::NoRoute, 0), (Unreachable::Host, 3), (Unreachable::Prohibited, 1)] {
+                assert_eq!(inspect(&icmp_unreachable(&six, b, why).unwrap(), b, a, &six), (1, code));
+            }
+            let too_big = packet_too_big(&six, 1280).unwrap();
+            assert_eq!(inspect(&too_big, b, a, &six), (2, 0));
+            assert_eq!(too_big[44..48], 1280u32.to_be_bytes());
+            assert_eq!(icmp_unreachable(&six, IpAddr::from(B4), Unreachable::NoRoute), None, "other family");
+        }
+    }
+
+    #[test]
+    fn icmp_errors_are_never_answered_and_echo_is() {
+        for error in [unreachable(&udp4(B4, 8)).unwrap(), unreachable(&udp6(b6(), 8)).unwrap()] {
+            assert_eq!(unreachable(&error), None);
+            assert_eq!(packet_too_big(&error, 1280), None);
+        }
+        let mut echo4 = Vec::new();
+        PacketBuilder::ipv4(A4, B4, 9).icmpv4_echo_request(1, 1).write(&mut echo4, &[1; 8]).unwrap();
+        assert!(unreachable(&echo4).is_some());
+        let mut echo6 = Vec::new();
+        PacketBuilder::ipv6(a6(), b6(), 9).icmpv6_echo_request(1, 1).write(&mut echo6, &[1; 8]).unwrap();
+        assert!(unreachable(&echo6).is_some());
+        for kind in [4, 5, 11, 12] {
+            echo4[20] = kind;
+            assert_eq!(unreachable(&echo4), None, "ICMP type {kind}");
+        }
+        for kind in [1, 2, 3, 4, 100, 127, 137] {
+            echo6[40] = kind;
+            assert_eq!(unreachable(&echo6), None, "ICMPv6 type {kind}");
+        }
+        let mut no_type = udp4(B4, 0);
+        no_type.truncate(20);
+        no_type[3] = 20;
+        no_type[9] = 1;
+        assert_eq!(unreachable(&no_type), None, "an ICMP packet that does not say what it is");
+    }
+
+    #[test]
+    fn nothing_is_said_to_or_about_many() {
+        for to in [[224, 0, 0, 251], [255, 255, 255, 255]] {
+            assert_eq!(unreachable(&udp4(to, 8)), None);
+        }
+        assert_eq!(unreachable(&udp6("ff02::fb".parse::<Ipv6Addr>().unwrap().octets(), 8)), None);
+        for from in [[0, 0, 0, 0], [224, 0, 0, 1], [255, 255, 255, 255], [250, 0, 0, 1]] {
+            let mut packet = udp4(B4, 8);
+            packet[12..16].copy_from_slice(&from);
+            assert_eq!(unreachable(&packet), None, "source {from:?}");
+        }
+        for from in [Ipv6Addr::UNSPECIFIED, "ff02::1".parse().unwrap()] {
+            let mut packet = udp6(b6(), 8);
+            packet[8..24].copy_from_slice(&from.octets());
+            assert_eq!(unreachable(&packet), None, "source {from}");
+        }
+    }
+
+    #[test]
+    fn only_the_first_fragment_is_answered() {
+        for (offset, answered) in [(0, true), (1, false), (100, false)] {
+            let mut four = udp4(B4, 64);
+            four[6..8].copy_from_slice(&(0x2000u16 | offset).to_be_bytes());
+            assert_eq!(unreachable(&four).is_some(), answered, "IPv4, offset {offset}");
+
+            let fragment =
+                Ipv6FragmentHeader::new(IpNumber::UDP, IpFragOffset::try_new(offset).unwrap(), true, 5).to_bytes();
+            let mut six = udp6(b6(), 64);
+            six[6] = IpNumber::IPV6_FRAGMENTATION_HEADER.0;
+            six.splice(40..40, fragment);
+            let len = u16::try_from(six.len() - 40).unwrap();
+            six[4..6].copy_from_slice(&len.to_be_bytes());
+            assert_eq!(unreachable(&six).is_some(), answered, "IPv6, offset {offset}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn random_bytes_never_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..200), version in 0u8..3) {
+            if let Some(first) = bytes.first_mut().filter(|_| version > 0) {
+                *first = if version == 1 { 0x45 } else { 0x60 };
+            }
+            if version == 1 && bytes.len() >= 20 {
+                let len = u16::try_from(bytes.len()).unwrap();
+                bytes[2..4].copy_from_slice(&len.to_be_bytes());
+            }
+            if version == 2 && bytes.len() >= 40 {
+                let len = u16::try_from(bytes.len() - 40).unwrap();
+                bytes[4..6].copy_from_slice(&len.to_be_bytes());
+            }
+            let _ = source_destination(&bytes);
+            for error in [unreachable(&bytes), packet_too_big(&bytes, 1280)].into_iter().flatten() {
+                prop_assert!(source_destination(&error).is_ok());
+                prop_assert_eq!(unreachable(&error), None);
+            }
+        }
+    }
+}

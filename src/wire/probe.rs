@@ -158,7 +158,7 @@ pub enum ProbeError {
 }
 
 /// Writes a request. With `pad_to` the whole UDP payload is that many bytes long (rounded down to a multiple of four, as
-/// STUN has it, and never shorter than what must be said: 104 bytes).
+/// STUN has it, and never shorter than what must be said, 92 bytes).
 #[must_use]
 pub fn encode_request(keys: &ProbeKeys, txid: &TransactionId, pad_to: Option<usize>) -> Vec<u8> {
     let mut message = Writer::current(kind::BINDING_REQUEST, txid);
@@ -459,3 +459,6 @@ fn unhex(text: &[u8]) -> Option<[u8; 8]> {
     }
     Some(out)
 }
+
+#[cfg(test)]
+mod tests;

@@ -198,6 +198,9 @@ pub fn answer(request: &[u8], source: SocketAddr, received_on: SocketAddr, layou
     if !is_request || request.len() > MAX_REQUEST || !is_well_formed(request) || !is_usable(&source) {
         return None;
     }
+    if fingerprint(request) == Some(false) {
+        return None;
+    }
     if transaction_id(request).is_some() {
         answer_current(request, source, received_on, layout)
     } else {
@@ -212,11 +215,7 @@ fn answer_current(
     received_on: SocketAddr,
     layout: &ServerLayout,
 ) -> Option<Answer> {
-    let has_fingerprint = match fingerprint(request) {
-        Some(false) => return None,
-        Some(true) => true,
-        None => false,
-    };
+    let has_fingerprint = fingerprint(request).is_some();
     let (message, _) = MessageDecoder::default().decode(request).ok()?;
     let finish = |builder: StunMessageBuilder, send_from| {
         let builder = if has_fingerprint { builder.with_attribute(Fingerprint::default()) } else { builder };
@@ -529,3 +528,6 @@ fn address_value(address: SocketAddr) -> Vec<u8> {
     }
     value
 }
+
+#[cfg(test)]
+mod tests;
