@@ -219,7 +219,7 @@ mod tests {
     fn addresses_are_read_from_whole_packets_only() {
         for packet in [udp4(B4, 30), udp6(b6(), 30)] {
             let (source, destination) = source_destination(&packet).unwrap();
-            assert_eq!(super::destination(&packet), Ok(destination));
+            assert_eq!(destination(&packet), Ok(destination));
             assert_ne!(source, destination);
             for end in 0..packet.len() {
                 assert!(source_destination(&packet[..end]).is_err(), "cut to {end}");
@@ -227,16 +227,16 @@ mod tests {
             let longer = [&packet[..], &[0]].concat();
             assert_eq!(source_destination(&longer), Err(BadIp::Length));
         }
-        assert_eq!(super::destination(&udp4(B4, 0)), Ok(IpAddr::from(B4)));
-        assert_eq!(super::destination(&udp6(b6(), 0)), Ok(IpAddr::from(b6())));
-        assert_eq!(super::destination(&[0x50; 60]), Err(BadIp::Version));
-        assert_eq!(super::destination(&[]), Err(BadIp::Header));
+        assert_eq!(destination(&udp4(B4, 0)), Ok(IpAddr::from(B4)));
+        assert_eq!(destination(&udp6(b6(), 0)), Ok(IpAddr::from(b6())));
+        assert_eq!(destination(&[0x50; 60]), Err(BadIp::Version));
+        assert_eq!(destination(&[]), Err(BadIp::Header));
         let mut short_header = udp4(B4, 30);
         short_header[0] = 0x44;
-        assert_eq!(super::destination(&short_header), Err(BadIp::Header));
+        assert_eq!(destination(&short_header), Err(BadIp::Header));
         let mut long_header = udp4(B4, 0);
         long_header[0] = 0x4F;
-        assert_eq!(super::destination(&long_header), Err(BadIp::Header));
+        assert_eq!(destination(&long_header), Err(BadIp::Header));
     }
 
     /// Checks everything about an ICMP error but its type, and returns that.
