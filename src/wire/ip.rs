@@ -218,9 +218,9 @@ mod tests {
     #[test]
     fn addresses_are_read_from_whole_packets_only() {
         for packet in [udp4(B4, 30), udp6(b6(), 30)] {
-            let (source, destination) = source_destination(&packet).unwrap();
-            assert_eq!(destination(&packet), Ok(destination));
-            assert_ne!(source, destination);
+            let (from, to) = source_destination(&packet).unwrap();
+            assert_eq!(destination(&packet), Ok(to));
+            assert_ne!(from, to);
             for end in 0..packet.len() {
                 assert!(source_destination(&packet[..end]).is_err(), "cut to {end}");
             }
