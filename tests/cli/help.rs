@@ -1,4 +1,4 @@
-//! The help of every command. Together they are also the reference page `docs/reference/cli.md`.
+//! The help of every command.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use meshd::cli::Cli;
 use crate::snapshot::{assert_snapshot, meshd};
 
 /// Every command that is not hidden, as the words to type, the program itself first.
-fn commands() -> Vec<Vec<String>> {
+pub(crate) fn commands() -> Vec<Vec<String>> {
     fn walk(command: &clap::Command, words: &[String], found: &mut Vec<Vec<String>>) {
         found.push(words.to_vec());
         for sub in command.get_subcommands().filter(|sub| !sub.is_hide_set()) {
@@ -21,7 +21,7 @@ fn commands() -> Vec<Vec<String>> {
     found
 }
 
-fn help_of(words: &[String]) -> String {
+pub(crate) fn help_of(words: &[String]) -> String {
     let mut args: Vec<&str> = words.iter().map(String::as_str).collect();
     args.push("--help");
     let output = meshd(&args).output().unwrap();
@@ -56,25 +56,6 @@ fn every_command_takes_the_common_options() {
             assert!(help.contains(option), "meshd {} --help does not list {option}", words.join(" "));
         }
     }
-}
-
-#[test]
-fn the_reference_page_is_the_help() {
-    let mut page =
-        "# Commands\n\nWhat `meshd COMMAND --help` prints. Written by `MESHD_UPDATE=1 cargo test --test cli`.\n"
-            .to_owned();
-    for words in commands() {
-        let name = if words.is_empty() { "meshd".to_owned() } else { format!("meshd {}", words.join(" ")) };
-        let help: String = help_of(&words).lines().map(|line| format!("{}\n", line.trim_end())).collect();
-        page.push_str(&format!("\n## {name}\n\n```text\n{}```\n", help));
-    }
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference/cli.md");
-    if std::env::var_os("MESHD_UPDATE").is_some() {
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, &page).unwrap();
-    }
-    let found = fs::read_to_string(&path).unwrap_or_default();
-    assert!(found == page, "docs/reference/cli.md is not the help: MESHD_UPDATE=1 cargo test --test cli");
 }
 
 #[test]

@@ -9,4 +9,5 @@
 mod errors;
 mod help;
 mod json;
+mod reference;
 mod snapshot;

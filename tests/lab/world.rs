@@ -176,10 +176,18 @@ pub struct Coordinator {
 impl Coordinator {
     /// Starts one at 203.0.113.10, with .11 as its second address for STUN.
     pub fn start(internet: &Segment) -> Result<Self> {
+        Self::start_at(internet, URL)
+    }
+
+    /// The same under another URL.
+    pub fn start_at(internet: &Segment, url: &str) -> Result<Self> {
         let namespace = internet.host("coord", 10)?;
         namespace.ip(&format!("addr add {}/24 dev eth0", internet.v4(11)))?;
         namespace.ip(&format!("addr add {}/64 dev eth0 nodad", internet.v6(11)))?;
-        Self::start_on(Node::new("coord", namespace), &["--public-url", URL])
+        // RFC 5780: two addresses with two ports each, or filtering behaviour cannot be told.
+        let (first, second) = ((internet.v4(10), internet.v6(10)), (internet.v4(11), internet.v6(11)));
+        let addresses = [first, second].map(|(v4, v6)| format!("{v4}:3478,{v4}:3479,[{v6}]:3478,[{v6}]:3479"));
+        Self::start_on(Node::new("coord", namespace), &["--public-url", url, "--stun-listen", &addresses.join(",")])
     }
 
     pub fn start_on(node: Node, args: &[&str]) -> Result<Self> {
@@ -271,7 +279,7 @@ pub fn plain(args: &[&str]) -> Command {
     for name in ["MESHD_STATE_DIR", "MESHD_SOCKET", "MESHD_TOKEN", ROLE].into_iter().chain(proxies) {
         command.env_remove(name);
     }
-    command.env("RUST_LOG", std::env::var("MESHD_LAB_LOG").unwrap_or_else(|_| "info".to_owned()));
+    command.env("MESHD_LOG", std::env::var("MESHD_LAB_LOG").unwrap_or_else(|_| "info".to_owned()));
     command
 }
 

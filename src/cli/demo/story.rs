@@ -15,7 +15,10 @@ use crate::wire::local::{PathKind, Status};
 
 /// The page on the nas.
 const PAGE: &str = "This page is on the nas, behind its NAT, and came through the mesh.";
-const URL: &str = "https://203.0.113.10:8443";
+const URL: &str = "https://203.0.113.10";
+const LISTEN: &str = "203.0.113.10:443";
+/// Two addresses with two ports each, so that nodes can tell kinds of NAT apart (RFC 5780).
+const STUN: &str = "203.0.113.10:3478,203.0.113.10:3479,203.0.113.11:3478,203.0.113.11:3479";
 
 /// What there is to show at the end.
 pub(super) struct Told {
@@ -81,7 +84,8 @@ pub(super) fn tell(report: &mut dyn FnMut(Step) -> Result<(), CliError>) -> Resu
     done("made an internet, laptop and nas behind home NATs, phone behind a NAT that cannot be punched".to_owned())?;
 
     let log = Path::new("/run/coordinator.log");
-    let mut serve = coordinator.meshd(&["coordinator", "--listen", "203.0.113.10:8443", "--public-url", URL])?;
+    let mut serve =
+        coordinator.meshd(&["coordinator", "--public-url", URL, "--listen", LISTEN, "--stun-listen", STUN])?;
     let mut server = coordinator.namespace.spawn(&mut serve, log)?;
     let claim = until("the coordinator prints a claim token", Duration::from_secs(15), || {
         if let Some(status) = server.try_wait()? {

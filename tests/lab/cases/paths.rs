@@ -85,12 +85,7 @@ fn same_lan() -> Result<()> {
 /// No IPv4 anywhere on the machines; the routers let in what was asked for.
 fn ipv6_only() -> Result<()> {
     let internet = Segment::internet()?;
-    let coordinator = {
-        let namespace = internet.host("coord", 10)?;
-        namespace.ip(&format!("addr add {}/64 dev eth0 nodad", internet.v6(11)))?;
-        let url = format!("https://[{}]:8443", internet.v6(10));
-        Coordinator::start_on(crate::world::Node::new("coord", namespace), &["--public-url", &url])?
-    };
+    let coordinator = Coordinator::start_at(&internet, &format!("https://[{}]:8443", internet.v6(10)))?;
     let ra = internet.router("ra", 21, Nat::Home)?;
     let rb = internet.router("rb", 22, Nat::Home)?;
     let everyone: [&Namespace; 3] = [&coordinator.node.namespace, &ra.namespace, &rb.namespace];
