@@ -14,12 +14,29 @@
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
+pub mod apply;
 mod background;
 pub mod client;
+mod control_link;
+mod desk;
+mod health;
+pub mod join;
+mod links;
+mod local_api;
+mod netcheck;
+mod node;
+mod outbox;
+mod planner_task;
+mod relay_thread;
+mod stop;
 pub mod store;
+mod watch;
+mod worker;
 
 use std::fmt;
+use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
@@ -27,6 +44,9 @@ use zeroize::Zeroizing;
 
 pub use crate::daemon::background::spawn_background;
 use crate::wire::local::{Problem, Status};
+
+/// Helpers for name resolution and disk writes end when idle for so long.
+const HELPER_IDLE: Duration = Duration::from_secs(2);
 
 /// How a node is to run.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -101,4 +121,52 @@ pub struct UpReport {
 /// A problem for a person.
 pub(crate) fn problem(code: &str, text: impl Into<String>, hint: impl Into<String>) -> Problem {
     Problem { code: code.to_owned(), text: text.into(), hint: hint.into() }
+}
+
+/// Runs a node in this process until it is told to stop (`meshd down`, SIGTERM, SIGINT), logging to standard error.
+/// `MESHD_LOG` sets what is logged, as in `MESHD_LOG=debug`.
+///
+/// # Errors
+/// Why the node could not start, or could not go on.
+pub fn run(options: Options) -> Result<(), Problem> {
+    end_on_panic();
+    log_to_stderr();
+    // Whatever is made from here on is private.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    let (mut reporter, options) = background::Reporter::take_over(options)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(2)
+        .thread_keep_alive(HELPER_IDLE)
+        .thread_name("meshd-helper")
+        .build()
+        .map_err(|e| problem("resources", format!("the runtime cannot start: {e}"), "see `ulimit -a`"))?;
+    let result = runtime.block_on(node::run(options, &mut reporter));
+    if let Err(why) = &result {
+        tracing::error!(code = why.code, "{}", why.text);
+        reporter.failed(why);
+    }
+    // A name that is being resolved, or a disk that hangs, does not hold up the end.
+    runtime.shutdown_timeout(Duration::from_millis(200));
+    result
+}
+
+/// Half a daemon is worse than none: a panic in any thread ends the process, and the next start repairs what is left.
+fn end_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        report(info);
+        std::process::abort();
+    }));
+}
+
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("MESHD_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    // Somebody else has set logging up already: fine.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .try_init();
 }

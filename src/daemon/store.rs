@@ -89,19 +89,19 @@ pub struct State {
     pub port: u16,
     /// Where peers were reached last.
     #[serde(default)]
-    pub endpoints: Vec<Endpoints>,
+    pub endpoints: Vec<Endpoint>,
     /// The latest wall clock seen, to notice a clock that was set back.
     #[serde(default)]
     pub latest_wall: UnixSeconds,
 }
 
-/// One peer's last known addresses.
+/// One peer's last known address.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Endpoints {
+pub struct Endpoint {
     /// Who.
     pub peer: WgKey,
-    /// Where it was reached, best first.
-    pub addresses: Vec<SocketAddr>,
+    /// Where it was reached directly.
+    pub address: SocketAddr,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -576,7 +576,7 @@ mod tests {
             store.keep_keys(NodeKeys::generate(&mut rand::rng())).unwrap();
             store.joined(&network(), &[record(1)]).unwrap();
             store.record_log().append(&[record(2), record(3)]).unwrap();
-            let endpoints = vec![Endpoints { peer: WgKey([9; 32]), addresses: vec!["192.0.2.1:5".parse().unwrap()] }];
+            let endpoints = vec![Endpoint { peer: WgKey([9; 32]), address: "192.0.2.1:5".parse().unwrap() }];
             store.keep_state(&State { v: 1, port: 40_000, endpoints, latest_wall: 5 }).unwrap();
         }
         let mut store = Store::open(&path).unwrap();

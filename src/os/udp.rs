@@ -4,7 +4,6 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -177,20 +176,16 @@ impl UdpSockets {
     }
 }
 
-/// Opens a socket of its own for a NAT check: any free port, blocking with this timeout.
+/// Opens a socket of its own for a NAT check, on any free port; non-blocking.
 ///
 /// # Errors
 /// The address family is missing, or no descriptor is left.
-pub fn scratch(v6: bool, timeout: Duration) -> io::Result<UdpSocket> {
-    let local: SocketAddr = if v6 {
-        SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0).into()
+pub fn scratch(v6: bool) -> io::Result<UdpSocket> {
+    if v6 {
+        open(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0).into())
     } else {
-        SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0).into()
-    };
-    let socket = open(local)?;
-    socket.set_nonblocking(false)?;
-    socket.set_read_timeout(Some(timeout))?;
-    Ok(socket)
+        open(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0).into())
+    }
 }
 
 fn open(local: SocketAddr) -> io::Result<UdpSocket> {

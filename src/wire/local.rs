@@ -71,7 +71,7 @@ pub enum Call {
 
 /// One line of an answer.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(tag = "reply", rename_all = "kebab-case")]
+#[serde(tag = "reply", content = "body", rename_all = "kebab-case")]
 pub enum Response {
     /// The status document.
     Status(Box<Status>),

@@ -1,0 +1,101 @@
+//! A guest's or new member's requests over a real control link.
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::daemon::join::{Desk, Desks};
+use crate::daemon::links::{CONNECT_TIMEOUT, broken};
+use crate::daemon::problem;
+use crate::link::{ConnectError, ControlReceiver, ControlSender, LinkError, Target, close, connect_control};
+use crate::trust::keys::Secret32;
+use crate::wire::control::{ToCoordinator, ToNode};
+use crate::wire::keys::ControlKey;
+use crate::wire::local::Problem;
+
+/// How long the coordinator may take over one answer.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// Connects by [`crate::link`].
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct LinkDesks;
+
+/// One connection.
+#[derive(Debug)]
+pub(super) struct LinkDesk {
+    sender: ControlSender,
+    receiver: ControlReceiver,
+}
+
+impl Desks for LinkDesks {
+    type Desk = LinkDesk;
+
+    async fn connect(&self, urls: &[String], coordinator: ControlKey, secret: &Secret32) -> Result<LinkDesk, Problem> {
+        let mut first: Option<ConnectError> = None;
+        for url in urls {
+            let target = Target { url: url.clone(), coordinator, secret, timeout: CONNECT_TIMEOUT };
+            match connect_control(&target).await {
+                Ok(link) => {
+                    let (sender, receiver) = link.split();
+                    return Ok(LinkDesk { sender, receiver });
+                }
+                Err(e) => first = first.or(Some(e)),
+            }
+        }
+        Err(first.map_or_else(
+            || problem("bad-token", "the token names no coordinator", "ask for a new token"),
+            Problem::from,
+        ))
+    }
+}
+
+impl Desk for LinkDesk {
+    async fn ask(&mut self, request: ToCoordinator) -> Result<ToNode, Problem> {
+        let wanted = asked(&request);
+        let exchange = async {
+            self.sender.send(&request).await?;
+            loop {
+                match self.receiver.recv::<ToNode>().await? {
+                    Some(message) if answered(&message) == Some(wanted) => return Ok(message),
+                    // Not for us: a newer coordinator may say things unasked.
+                    Some(_) => {}
+                    None => return Err(LinkError::Closed { code: close::NORMAL, reason: "without an answer".into() }),
+                }
+            }
+        };
+        match timeout(ANSWER, exchange).await {
+            Ok(answer) => answer.map_err(|e| Problem {
+                hint: "run the same command again: a join is never half done".into(),
+                ..broken(&e)
+            }),
+            Err(_) => Err(problem(
+                "coordinator-timeout",
+                format!("the coordinator did not answer within {} s", ANSWER.as_secs()),
+                "run the same command again: a join is never half done; look at the coordinator's log if it stays so",
+            )),
+        }
+    }
+}
+
+const fn asked(request: &ToCoordinator) -> u64 {
+    match request {
+        ToCoordinator::Found { re, .. }
+        | ToCoordinator::Propose { re, .. }
+        | ToCoordinator::Redeem { re, .. }
+        | ToCoordinator::Hello { re, .. }
+        | ToCoordinator::Publish { re, .. }
+        | ToCoordinator::Ping { re } => *re,
+    }
+}
+
+const fn answered(message: &ToNode) -> Option<u64> {
+    match message {
+        ToNode::Refused { re, .. }
+        | ToNode::Proposal { re, .. }
+        | ToNode::Joined { re }
+        | ToNode::Welcome { re, .. }
+        | ToNode::Published { re }
+        | ToNode::Pong { re, .. } => Some(*re),
+        ToNode::Log { .. } | ToNode::Presence { .. } => None,
+    }
+}

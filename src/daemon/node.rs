@@ -1,0 +1,554 @@
+//! Starts a node, waits, and takes it down again.
+//!
+//! Start: state directory and its lock · local socket · TUN device · UDP sockets · membership (joining if need be) ·
+//! addresses on the interface · planner, data thread, relay thread, control link, watchers · "up" · callers are answered.
+//!
+//! Whatever a person must put right (privileges, a taken name or port, an unwritable directory) is found before the
+//! coordinator hears of this node. Stop is the reverse; the interface goes with the data thread, and a caller of
+//! `meshd down` is answered when nothing is left but the process.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use ipnet::IpNet;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::daemon::apply::{self, Surroundings, range_clash};
+use crate::daemon::background::{Reporter, decode};
+use crate::daemon::desk::LinkDesks;
+use crate::daemon::health::Health;
+use crate::daemon::join::{self, Membership, Wish};
+use crate::daemon::links::{Bells, Coordinator};
+use crate::daemon::local_api::{Api, Parts, Socket};
+use crate::daemon::outbox::{Notices, Outbox};
+use crate::daemon::planner_task::{self, ToStore, Wiring};
+use crate::daemon::relay_thread::{self, Delivery};
+use crate::daemon::stop::{Reason, Stopper};
+use crate::daemon::store::{Endpoint, State, Store};
+use crate::daemon::watch::{self as surroundings, Known, NetworkWatch};
+use crate::daemon::worker::{self, Worker};
+use crate::daemon::{Options, UpReport, control_link, problem};
+use crate::engine::drops::Drops;
+use crate::engine::io::{Event, SocketId};
+use crate::engine::planner::{Config, Planner, StartError};
+use crate::os::netlink::{Changes, Netlink};
+use crate::os::tun::{Tun, TunError};
+use crate::os::udp::{BindError, UdpSockets};
+use crate::os::wake::Wake;
+use crate::os::{clock, process};
+use crate::trust::keys::{NodeKeys, Secret32};
+use crate::trust::names::label_from_hostname;
+use crate::wire::local::{Problem, Severity};
+
+/// How long a node that knows its network waits for the coordinator before it calls itself up without it.
+const COORDINATOR_PATIENCE: Duration = Duration::from_secs(5);
+/// How long threads may take to end.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+/// Conveniences are written at most this often.
+const STATE_EVERY: Duration = Duration::from_secs(10);
+/// And at least this often, for the wall clock in them.
+const STATE_AT_LEAST: Duration = Duration::from_secs(600);
+/// A clock this far behind an earlier reading is worth a warning, in seconds.
+const CLOCK_SLACK: u64 = 60;
+
+/// Runs a node until it is told to stop.
+pub(super) async fn run(options: Options, reporter: &mut Reporter) -> Result<(), Problem> {
+    let stopper = Stopper::new();
+    listen_to_signals(&stopper)?;
+    let starting = Node::start(&options, reporter, &stopper);
+    let node = tokio::select! {
+        node = starting => node?,
+        reason = stopper.reason() => return ended(reason),
+    };
+    let reason = tokio::select! {
+        said = node.say_up(reporter) => match said {
+            Ok(()) => stopper.reason().await,
+            Err(why) => Reason::Failed(why),
+        },
+        reason = stopper.reason() => reason,
+    };
+    match &reason {
+        Reason::Asked(why) => tracing::info!("stopping: {why}"),
+        Reason::Failed(why) => tracing::error!(code = why.code, "stopping: {}", why.text),
+    }
+    node.stop().await;
+    ended(reason)
+}
+
+fn ended(reason: Reason) -> Result<(), Problem> {
+    match reason {
+        Reason::Asked(_) => Ok(()),
+        Reason::Failed(why) => Err(why),
+    }
+}
+
+/// A node that runs.
+struct Node {
+    store: Store,
+    state: State,
+    to_store: Arc<ToStore>,
+    api: Arc<Api>,
+    stop: watch::Sender<bool>,
+    gone: watch::Sender<bool>,
+    data_stop: Arc<AtomicBool>,
+    wake: Wake,
+    data_ended: oneshot::Receiver<()>,
+    relay_ended: oneshot::Receiver<()>,
+    control_task: JoinHandle<()>,
+    /// Ended by being aborted, in this order.
+    tasks: Vec<JoinHandle<()>>,
+    writer: JoinHandle<()>,
+    events: broadcast::Receiver<Event>,
+    notes: Vec<String>,
+}
+
+impl Node {
+    async fn start(options: &Options, reporter: &Reporter, stopper: &Stopper) -> Result<Self, Problem> {
+        reporter.stage("taking the state directory");
+        let token = options.token.as_ref().map(|t| decode(t.text())).transpose()?;
+        let mut store = Store::open(&options.state_dir)?;
+        let socket = Socket::bind(&options.socket)?;
+        let state = store.state()?;
+        reporter.stage("making the network interface");
+        let tun = Tun::create(options.tun.as_deref()).map_err(tun_problem)?;
+        let kept = (state.port != 0).then_some(state.port);
+        let sockets = Arc::new(UdpSockets::bind(options.port, kept, &mut rand::rng()).map_err(udp_problem)?);
+        let changes = Changes::watch().map_err(netlink_problem)?;
+        let netlink = Netlink::connect().map_err(netlink_problem)?;
+        let around = Surroundings::look(&netlink, tun.index()).await?;
+
+        reporter.stage(if token.is_some() { "joining the network" } else { "reading what is known of the network" });
+        let wish = Wish {
+            token: token.as_ref(),
+            name: options.name.as_deref(),
+            host_label: label_from_hostname(&process::host_name()),
+            network_name: options.network_name.as_deref(),
+            ipv4_range: options.ipv4_range,
+            surroundings: &around,
+            wall: clock::wall(),
+        };
+        let membership = join::ensure(&mut store, &wish, &LinkDesks, &mut rand::rng()).await?;
+
+        reporter.stage("setting the interface up");
+        let (addresses, network_name) = join::own_addresses(&membership)?;
+        let ranges: Vec<IpNet> = addresses.iter().map(IpNet::trunc).collect();
+        if let Some(what) = around.clash(&ranges) {
+            return Err(range_clash(&ranges, &what));
+        }
+        let health = Health::default();
+        if let Some(note) = apply::bring_up(&netlink, tun.index(), &addresses).await? {
+            let text = format!("this machine has no IPv6 inside the mesh: {}", note.0);
+            health.set("no-ipv6", Severity::Info, text, "IPv4 works; enable IPv6 in the kernel for both");
+        }
+        tracing::info!(interface = tun.name(), port = sockets.port(), "the interface is up");
+        tracing::debug!(network = network_name, ?addresses, "addresses");
+        note_conditions(&health, &store, &state, &sockets);
+
+        reporter.stage("connecting to the coordinator");
+        Self::assemble(store, state, membership, tun, sockets, netlink, changes, ranges, health, socket, stopper)
+    }
+
+    #[expect(clippy::too_many_lines, reason = "the wiring of the whole daemon is easier to follow in one place")]
+    fn assemble(
+        store: Store,
+        mut state: State,
+        membership: Membership,
+        tun: Tun,
+        sockets: Arc<UdpSockets>,
+        netlink: Netlink,
+        changes: Changes,
+        ranges: Vec<IpNet>,
+        health: Health,
+        socket: Socket,
+        stopper: &Stopper,
+    ) -> Result<Self, Problem> {
+        let Membership { keys, network, records, mut notes } = membership;
+        notes.extend(store.notes().iter().cloned());
+        let drops = Arc::new(Drops::default());
+        let control_secret = copy_of_control(&keys);
+        let interface = tun.name().to_owned();
+        let own = tun.index();
+
+        // The planner and the data thread.
+        let port = sockets.port();
+        let latest = state.latest_wall.saturating_add(1).saturating_mul(1_000_000);
+        let config = Config {
+            keys,
+            network: network.network,
+            records,
+            port_v4: Some(port),
+            port_v6: sockets.without_v6().is_none().then_some(port),
+            last_endpoints: state.endpoints.iter().map(|e| (e.peer, e.address)).collect(),
+            seed: rand::random(),
+            first_number: wall_micros().max(latest),
+        };
+        let planner = Planner::new(config, Arc::clone(&drops), clock::now()).map_err(start_problem)?;
+        let (outbound, inbound) = planner.worker();
+        let wake = Wake::new().map_err(|e| thread_problem(&e))?;
+        let (slow, slow_notices) = mpsc::channel(planner_task::SLOW);
+        let (facts, fact_notices) = mpsc::channel(planner_task::FACTS);
+        let (updates, update_queue) = std::sync::mpsc::sync_channel(planner_task::UPDATES);
+        let (relayed, relayed_queue) = std::sync::mpsc::sync_channel(relay_thread::QUEUE);
+
+        // The links.
+        let ends = planner_task::channels();
+        let handle = ends.handle.clone();
+        let events = handle.events();
+        let (stop, stopped) = watch::channel(false);
+        let bells = || Bells { nudge: Arc::new(Notify::new()), stop: stopped.clone() };
+        let (control_bells, relay_bells) = (bells(), bells());
+        let nudge = vec![Arc::clone(&control_bells.nudge), Arc::clone(&relay_bells.nudge)];
+        let coordinator =
+            Arc::new(Coordinator { urls: network.urls.clone(), key: network.coordinator, secret: control_secret });
+        let delivery = Delivery { queue: relayed, wake: wake.clone() };
+        let (relay, relay_ended) = relay_thread::start(
+            Arc::clone(&coordinator),
+            handle.inputs.clone(),
+            delivery,
+            Arc::clone(&drops),
+            relay_bells,
+        )
+        .map_err(|e| thread_problem(&e))?;
+        let (control, control_task) = control_link::start(coordinator, handle.inputs.clone(), control_bells);
+
+        // The data thread; when it ends by itself, so does the daemon.
+        let data_stop = Arc::new(AtomicBool::new(false));
+        let notices = Notices::new(slow, facts, Arc::clone(&drops));
+        let outbox = Outbox::new(tun, Arc::clone(&sockets), relay.clone(), notices, Arc::clone(&drops));
+        let worker = Worker {
+            outbound,
+            inbound,
+            outbox,
+            sockets: Arc::clone(&sockets),
+            updates: update_queue,
+            relayed: relayed_queue,
+            wake: wake.clone(),
+            stop: Arc::clone(&data_stop),
+        };
+        let data_result = worker::start(worker).map_err(|e| thread_problem(&e))?;
+        let (tell_data_ended, data_ended) = oneshot::channel();
+        let on_failure = stopper.clone();
+        let data_watch = tokio::spawn(async move {
+            if let Ok(Err(e)) = data_result.await {
+                on_failure.fail(problem(
+                    "interface-lost",
+                    format!("the network interface cannot be used any more: {e}"),
+                    "somebody removed it; `meshd up` makes it again",
+                ));
+            }
+            // Nobody waits when the daemon is not stopping.
+            let _ = tell_data_ended.send(());
+        });
+
+        // Everything around them.
+        let to_store = Arc::new(ToStore::default());
+        *to_store.endpoints.lock() = state.endpoints.iter().map(|e| (e.peer, e.address)).collect();
+        let (offers, offered) = mpsc::channel(1);
+        let check = Arc::new(Notify::new());
+        let known = Known::default();
+        let wiring = Wiring {
+            planner,
+            sockets,
+            updates,
+            wake: wake.clone(),
+            slow: slow_notices,
+            facts: fact_notices,
+            store: Arc::clone(&to_store),
+            resolve: offers,
+            nudge: nudge.clone(),
+            drops: Arc::clone(&drops),
+        };
+        let planner_task =
+            planner_task::start(wiring, ends, control.clone(), relay.clone()).map_err(|e| thread_problem(&e))?;
+        let network_watch = NetworkWatch {
+            netlink,
+            changes,
+            own,
+            ranges,
+            inputs: handle.inputs.clone(),
+            nudge,
+            check: Arc::clone(&check),
+            known: known.clone(),
+            health: health.clone(),
+        };
+        let url = network.urls.first().cloned().unwrap_or_default();
+        let inputs = handle.inputs.clone();
+        let resolver = surroundings::resolve(offered, url, inputs.clone(), known.clone(), Arc::clone(&check));
+        let checker = surroundings::check_nat(check, known.clone(), control.clone(), relay.clone(), inputs);
+        let expelled = stop_when_expelled(handle.events(), stopper.clone());
+        state.port = port;
+        let writer = tokio::spawn(write_records(store.record_log(), Arc::clone(&to_store), health.clone()));
+
+        let (gone, gone_watch) = watch::channel(false);
+        let api = Api::new(Parts {
+            planner: handle,
+            control,
+            relay,
+            known,
+            health,
+            drops,
+            stopper: stopper.clone(),
+            interface,
+            urls: network.urls,
+            coordinator: network.coordinator,
+            gone: gone_watch,
+        });
+        let tasks = vec![
+            tokio::spawn(Arc::clone(&api).serve(socket)),
+            tokio::spawn(network_watch.run()),
+            tokio::spawn(resolver),
+            tokio::spawn(checker),
+            tokio::spawn(expelled),
+            data_watch,
+            planner_task,
+        ];
+        Ok(Self {
+            store,
+            state,
+            to_store,
+            api,
+            stop,
+            gone,
+            data_stop,
+            wake,
+            data_ended,
+            relay_ended,
+            control_task,
+            tasks,
+            writer,
+            events,
+            notes,
+        })
+    }
+
+    /// Waits for the coordinator, tells whoever started the daemon, and then keeps the conveniences on disk for ever.
+    async fn say_up(&self, reporter: &mut Reporter) -> Result<(), Problem> {
+        self.keep_state();
+        let mut events = self.events.resubscribe();
+        let mut log = self.api.status().await?.coordinator.connected;
+        let synced = async {
+            while !log {
+                match events.recv().await {
+                    Ok(Event::Synced) | Err(broadcast::error::RecvError::Closed) => log = true,
+                    Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                }
+            }
+        };
+        let warning = match timeout(COORDINATOR_PATIENCE, synced).await {
+            Ok(()) => None,
+            Err(_) => Some(self.api.control.problem.borrow().clone().unwrap_or_else(|| {
+                problem(
+                    "coordinator-timeout",
+                    "the coordinator has not answered yet",
+                    "meshd keeps trying; `meshd status` shows when it is connected",
+                )
+            })),
+        };
+        let status = self.api.status().await?;
+        tracing::info!(peers = status.peers.len(), connected = warning.is_none(), "the node is up");
+        let report = UpReport { status, already_running: false, notes: self.notes.clone(), warning };
+        if !reporter.ready(report) {
+            return Err(problem("cancelled", "the command that started the daemon is gone", ""));
+        }
+        loop {
+            // Ends only with the daemon.
+            let changed = timeout(STATE_AT_LEAST, self.endpoints_changed()).await;
+            self.keep_state();
+            if changed.is_ok() {
+                tokio::time::sleep(STATE_EVERY).await;
+            }
+        }
+    }
+
+    async fn endpoints_changed(&self) {
+        self.to_store.endpoints_changed.notified().await;
+    }
+
+    fn keep_state(&self) {
+        let endpoints: BTreeMap<_, _> = self.to_store.endpoints.lock().clone();
+        let state = State {
+            endpoints: endpoints.into_iter().map(|(peer, address)| Endpoint { peer, address }).collect(),
+            latest_wall: self.state.latest_wall.max(clock::wall()),
+            ..self.state.clone()
+        };
+        match self.store.keep_state(&state) {
+            Ok(()) => self.api.health.clear("state-write"),
+            Err(e) => self.api.health.set("state-write", Severity::Warning, e.text, e.hint),
+        }
+    }
+
+    async fn stop(self) {
+        // No more callers: the socket's file goes with the first task. Those being answered stay until the end.
+        let mut tasks = self.tasks.iter();
+        if let Some(accepting) = tasks.next() {
+            accepting.abort();
+        }
+        self.keep_state();
+        self.stop.send_replace(true);
+        self.data_stop.store(true, Ordering::Release);
+        self.wake.ring();
+        if timeout(STOP_PATIENCE, self.data_ended).await.is_err() {
+            tracing::error!("the data thread does not end");
+        }
+        if timeout(STOP_PATIENCE, self.relay_ended).await.is_err() {
+            tracing::warn!("the relay thread does not end");
+        }
+        // Either it said goodbye or it was not connected.
+        let _ = timeout(STOP_PATIENCE, self.control_task).await;
+        for task in tasks {
+            task.abort();
+        }
+        self.to_store.finish();
+        if timeout(STOP_PATIENCE, self.writer).await.is_err() {
+            tracing::error!("records are still being written");
+        }
+        drop(self.store);
+        tracing::info!("stopped");
+        self.gone.send_replace(true);
+        self.api.idle(Duration::from_secs(1)).await;
+    }
+}
+
+/// Appends accepted records to the disk, in order, without holding up the planner.
+async fn write_records(log: crate::daemon::store::RecordLog, to_store: Arc<ToStore>, health: Health) {
+    loop {
+        let batch = std::mem::take(&mut *to_store.records.lock());
+        if batch.is_empty() {
+            if to_store.is_finished() {
+                return;
+            }
+            to_store.records_changed.notified().await;
+            continue;
+        }
+        let log = log.clone();
+        let (batch, written) = match tokio::task::spawn_blocking(move || {
+            let written = log.append(&batch);
+            (batch, written)
+        })
+        .await
+        {
+            Ok(done) => done,
+            // The runtime is shutting down.
+            Err(_) => return,
+        };
+        match written {
+            Ok(()) => health.clear("records-write"),
+            Err(e) => {
+                health.set("records-write", Severity::Error, e.text, e.hint);
+                to_store.records.lock().splice(0..0, batch);
+                if to_store.is_finished() {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_secs(5)).await;
+            }
+        }
+    }
+}
+
+async fn stop_when_expelled(mut events: broadcast::Receiver<Event>, stopper: Stopper) {
+    loop {
+        match events.recv().await {
+            Ok(Event::Expelled) => break,
+            Err(broadcast::error::RecvError::Closed) => return,
+            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+        }
+    }
+    stopper.fail(start_problem(StartError::Revoked));
+}
+
+fn listen_to_signals(stopper: &Stopper) -> Result<(), Problem> {
+    for (kind, why) in [
+        (SignalKind::terminate(), "asked to by SIGTERM"),
+        (SignalKind::interrupt(), "asked to by SIGINT"),
+        (SignalKind::hangup(), "the terminal is gone"),
+    ] {
+        let mut signals = signal(kind).map_err(|e| thread_problem(&e))?;
+        let stopper = stopper.clone();
+        tokio::spawn(async move {
+            if signals.recv().await.is_some() {
+                stopper.stop(why);
+            }
+        });
+    }
+    Ok(())
+}
+
+fn note_conditions(health: &Health, store: &Store, state: &State, sockets: &UdpSockets) {
+    if !store.notes().is_empty() {
+        health.set(
+            "state-damaged",
+            Severity::Warning,
+            store.notes().join("; "),
+            "look for a failing disk; the files kept aside can be removed once looked at",
+        );
+    }
+    if let Some(why) = sockets.without_v6() {
+        health.set(
+            "no-ipv6-socket",
+            Severity::Info,
+            format!("this machine has no IPv6: {why}"),
+            "IPv4 works; pairs that could meet only by IPv6 use the relay",
+        );
+    }
+    let wall = clock::wall();
+    if wall.saturating_add(CLOCK_SLACK) < state.latest_wall {
+        health.set(
+            "clock-behind",
+            Severity::Warning,
+            format!("this machine's clock is {} s behind what it was before", state.latest_wall - wall),
+            "set the clock; until then peers that know this node may refuse its handshakes",
+        );
+    }
+    if sockets.descriptor(SocketId::V4).is_none() {
+        health.set("no-udp", Severity::Error, "there is no IPv4 socket", "see the log");
+    }
+}
+
+/// The control secret, once more: the planner owns the keys, the links need this one.
+fn copy_of_control(keys: &NodeKeys) -> Secret32 {
+    Secret32::new(*keys.control.expose())
+}
+
+fn wall_micros() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
+}
+
+fn start_problem(e: StartError) -> Problem {
+    let (code, hint) = match e {
+        StartError::Revoked => (
+            crate::wire::control::refusal::REVOKED,
+            "to come back, move the state directory away and join with a new invite",
+        ),
+        StartError::NotAMember => (
+            "records",
+            "restore records.jsonl from a backup, or move the state directory away and join with a new invite",
+        ),
+    };
+    problem(code, e.to_string(), hint)
+}
+
+fn tun_problem(e: TunError) -> Problem {
+    problem(e.code(), e.to_string(), e.hint())
+}
+
+fn udp_problem(e: BindError) -> Problem {
+    let (code, hint) = match &e {
+        BindError::PortTaken(_) => ("port-taken", "choose another with `--port`, or leave `--port` out"),
+        BindError::Forbidden(_) => ("not-permitted", "run as root, or choose a port above 1023 with `--port`"),
+        BindError::NoneFree | BindError::Io(_) => ("udp", "see `ss -u -a` for the sockets there are"),
+    };
+    problem(code, e.to_string(), hint)
+}
+
+fn netlink_problem(e: std::io::Error) -> Problem {
+    problem("interface", format!("the kernel's routing system does not answer: {e}"), "meshd needs Linux with netlink")
+}
+
+fn thread_problem(e: &std::io::Error) -> Problem {
+    problem("resources", format!("the system gives no more resources: {e}"), "see `ulimit -a`")
+}

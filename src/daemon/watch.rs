@@ -1,0 +1,163 @@
+//! Watches what surrounds the node: addresses and routes of the machine, the coordinator's STUN servers, the NAT in front.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc};
+
+use crate::daemon::apply::{Surroundings, range_clash};
+use crate::daemon::control_link::ControlHandle;
+use crate::daemon::health::Health;
+use crate::daemon::netcheck;
+use crate::daemon::relay_thread::RelayHandle;
+use crate::engine::io::{Input, LocalAddress};
+use crate::link::Endpoint;
+use crate::os::clock;
+use crate::os::netlink::{Changes, Netlink, candidates};
+use crate::wire::control::StunServer;
+use crate::wire::local::Severity;
+
+/// STUN servers used, of those the coordinator names.
+const MAX_SERVERS: usize = 8;
+/// Pause after names that did not resolve.
+const RESOLVE_AGAIN: Duration = Duration::from_secs(5);
+/// NAT checks by ourselves are at least this far apart.
+const CHECK_EVERY: Duration = Duration::from_secs(20);
+
+/// What a NAT check needs to know. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Known(Arc<Mutex<(Vec<SocketAddr>, Vec<IpAddr>)>>);
+
+impl Known {
+    /// STUN servers and local addresses.
+    pub(super) fn get(&self) -> (Vec<SocketAddr>, Vec<IpAddr>) {
+        self.0.lock().clone()
+    }
+}
+
+/// Tells the planner the machine's addresses, now and whenever they change; then also doubts the links, and looks whether
+/// something new overlaps the mesh.
+pub(super) struct NetworkWatch {
+    pub(super) netlink: Netlink,
+    pub(super) changes: Changes,
+    /// Our own interface's number.
+    pub(super) own: u32,
+    /// The mesh's ranges.
+    pub(super) ranges: Vec<IpNet>,
+    pub(super) inputs: mpsc::Sender<Input>,
+    pub(super) nudge: Vec<Arc<Notify>>,
+    pub(super) check: Arc<Notify>,
+    pub(super) known: Known,
+    pub(super) health: Health,
+}
+
+impl NetworkWatch {
+    /// Runs until the planner is gone.
+    pub(super) async fn run(mut self) {
+        let mut last: Option<Vec<LocalAddress>> = None;
+        loop {
+            match Surroundings::look(&self.netlink, self.own).await {
+                Ok(around) => {
+                    match around.clash(&self.ranges) {
+                        Some(what) => {
+                            let problem = range_clash(&self.ranges, &what);
+                            self.health.set("range-clash", Severity::Warning, problem.text, problem.hint);
+                        }
+                        None => self.health.clear("range-clash"),
+                    }
+                    let addresses = candidates(&around.addresses, self.own);
+                    if last.as_ref() != Some(&addresses) {
+                        self.known.0.lock().1 = addresses.iter().map(|a| a.ip).collect();
+                        if self.inputs.send(Input::Addresses(addresses.clone())).await.is_err() {
+                            return;
+                        }
+                        if last.is_some() {
+                            tracing::info!("the machine's addresses changed");
+                            self.nudge.iter().for_each(|bell| bell.notify_one());
+                            self.check.notify_one();
+                        }
+                        last = Some(addresses);
+                    }
+                }
+                Err(e) => tracing::warn!(code = e.code, "{}", e.text),
+            }
+            self.changes.next().await;
+        }
+    }
+}
+
+/// Resolves the coordinator's STUN offers. Runs until the planner is gone.
+pub(super) async fn resolve(
+    mut offers: mpsc::Receiver<Vec<StunServer>>,
+    url: String,
+    inputs: mpsc::Sender<Input>,
+    known: Known,
+    check: Arc<Notify>,
+) {
+    let own_host = Endpoint::parse(&url).map(|e| e.host).unwrap_or_default();
+    let mut last = Vec::new();
+    while let Some(mut offer) = offers.recv().await {
+        loop {
+            let mut found: Vec<SocketAddr> = Vec::new();
+            for server in offer.iter().take(MAX_SERVERS) {
+                let host = server.host.as_deref().unwrap_or(&own_host);
+                if let Ok(addresses) = tokio::net::lookup_host((host, server.port)).await {
+                    let addresses: Vec<_> = addresses.collect();
+                    // One of each family: more are the same server.
+                    found.extend(addresses.iter().find(|a| a.is_ipv4()));
+                    found.extend(addresses.iter().find(|a| a.is_ipv6()));
+                }
+            }
+            found.truncate(MAX_SERVERS);
+            if !found.is_empty() || offer.is_empty() {
+                if found != last {
+                    known.0.lock().0.clone_from(&found);
+                    check.notify_one();
+                    last.clone_from(&found);
+                }
+                if inputs.send(Input::StunServers(found)).await.is_err() {
+                    return;
+                }
+                break;
+            }
+            tracing::info!("the coordinator's STUN servers cannot be resolved; trying again");
+            tokio::select! {
+                () = tokio::time::sleep(RESOLVE_AGAIN) => {}
+                newer = offers.recv() => match newer {
+                    Some(newer) => offer = newer,
+                    None => return,
+                },
+            }
+        }
+    }
+}
+
+/// Checks the NAT when asked to by `check`, not too often, and tells the planner. Runs until the planner is gone.
+pub(super) async fn check_nat(
+    check: Arc<Notify>,
+    known: Known,
+    control: ControlHandle,
+    relay: RelayHandle,
+    inputs: mpsc::Sender<Input>,
+) {
+    let mut last = None;
+    loop {
+        check.notified().await;
+        if let Some(last) = last {
+            let passed = clock::now().since(last);
+            tokio::time::sleep(CHECK_EVERY.saturating_sub(passed)).await;
+        }
+        let (servers, local) = known.get();
+        if servers.is_empty() {
+            continue;
+        }
+        last = Some(clock::now());
+        let report = netcheck::run(servers, local, &control, &relay).await;
+        if inputs.send(Input::NetReport(Box::new(report))).await.is_err() {
+            return;
+        }
+    }
+}
