@@ -35,6 +35,7 @@ pub struct Inbound {
 
 #[derive(Debug)]
 struct Peer {
+    key: WgKey,
     traffic: Arc<Traffic>,
     direct: Option<Via>,
     roamed_to: Option<Via>,
@@ -92,7 +93,7 @@ impl Inbound {
     /// Takes what the planner decided.
     pub fn apply(&mut self, update: Update) {
         match update {
-            Update::Peer { peer, key: _, owns, traffic } => {
+            Update::Peer { peer, key, owns, traffic } => {
                 self.routes.set(peer, owns);
                 let index = peer.0 as usize;
                 if self.peers.len() <= index {
@@ -101,7 +102,8 @@ impl Inbound {
                 match &mut self.peers[index] {
                     Some(known) => known.traffic = traffic,
                     slot @ None => {
-                        *slot = Some(Peer { traffic, direct: None, roamed_to: None, index: None, probe_name: None });
+                        *slot =
+                            Some(Peer { key, traffic, direct: None, roamed_to: None, index: None, probe_name: None });
                     }
                 }
             }
@@ -168,8 +170,15 @@ impl Inbound {
                     OpenError::BadInner => Drop::BadInner,
                     OpenError::Other => Drop::BadTag,
                 });
-                if let (OpenError::UnknownSession, Via::Relay { peer }) = (why, via) {
-                    sink.notice(Notice::UnknownIndex(*peer));
+                match (why, via) {
+                    (OpenError::UnknownSession, Via::Relay { peer }) => sink.notice(Notice::UnknownIndex(*peer)),
+                    (OpenError::Replayed, Via::Relay { peer: key }) => {
+                        let peer = self.peers.get(id.0 as usize).and_then(Option::as_ref);
+                        if let Some(peer) = peer.filter(|p| p.key == *key) {
+                            peer.traffic.copy_came_by_relay(now);
+                        }
+                    }
+                    _ => {}
                 }
                 return;
             }

@@ -22,6 +22,9 @@ pub const STAGED_PER_PEER: usize = 128;
 pub const STAGED_TOTAL: usize = 4096;
 /// The largest inner packet: a UDP datagram less WireGuard's overhead and a relay frame header.
 pub const MAX_INNER: usize = crate::wire::relay::MAX_PAYLOAD - DATA_OVERHEAD;
+/// A packet that waited for a session or a path for longer is not worth sending: REKEY_ATTEMPT_TIME, WireGuard paper
+/// section 6.1.
+const STAGED_FOR: Duration = Duration::from_secs(90);
 /// While packets wait, the planner is reminded this often.
 const REMIND: Duration = Duration::from_secs(1);
 
@@ -42,7 +45,8 @@ struct Peer {
     traffic: Arc<Traffic>,
     tunnel: Option<Arc<Mutex<Tunnel>>>,
     path: Path,
-    staged: VecDeque<Vec<u8>>,
+    /// Packets that wait for a session or a path, and since when.
+    staged: VecDeque<(Now, Vec<u8>)>,
     reminded: Option<Now>,
 }
 
@@ -124,6 +128,7 @@ impl Outbound {
             Update::Path { peer, path } => {
                 if let Some(p) = self.peer_mut(peer) {
                     p.path = path;
+                    self.flush(peer, now, sink);
                 }
             }
             Update::Established(peer) => self.flush(peer, now, sink),
@@ -132,16 +137,23 @@ impl Outbound {
         }
     }
 
-    /// Sends what waited for a session of this peer, if it has one now.
+    /// Sends what waited for a session of this peer or a path to it, if there are both now.
     pub fn flush(&mut self, id: PeerId, now: Now, sink: &mut impl OutboundSink) {
         let Some(peer) = self.peer_mut(id) else { return };
-        if peer.staged.is_empty() || !peer.tunnel.as_ref().is_some_and(|t| t.lock().can_send(now)) {
+        if peer.staged.is_empty()
+            || peer.path == Path::None
+            || !peer.tunnel.as_ref().is_some_and(|t| t.lock().can_send(now))
+        {
             return;
         }
         let staged = std::mem::take(&mut peer.staged);
         self.staged_total -= staged.len();
         let mut held = None;
-        for packet in staged {
+        for (since, packet) in staged {
+            if now.since(since) > STAGED_FOR {
+                self.drops.count(Drop::NoPath);
+                continue;
+            }
             self.send(id, &packet, now, &mut held, sink);
         }
     }
@@ -158,7 +170,8 @@ impl Outbound {
         if held.as_ref().is_none_or(|(holder, _)| *holder != id) {
             *held = peer.tunnel.as_ref().map(|tunnel| (id, tunnel.lock_arc()));
         }
-        let Some((_, tunnel)) = held.as_mut().filter(|(_, tunnel)| tunnel.can_send(now)) else {
+        let ready = |tunnel: &Tunnel| peer.path != Path::None && tunnel.can_send(now);
+        let Some((_, tunnel)) = held.as_mut().filter(|(_, tunnel)| ready(tunnel)) else {
             *held = None;
             return self.stage(id, packet, now, sink);
         };
@@ -205,7 +218,7 @@ impl Outbound {
             self.drops.count(Drop::StagedOverflow);
         }
         let first = peer.staged.is_empty();
-        peer.staged.push_back(packet.to_vec());
+        peer.staged.push_back((now, packet.to_vec()));
         self.staged_total += 1;
         if first || peer.reminded.is_none_or(|at| now.since(at) >= REMIND) {
             peer.reminded = Some(now);

@@ -1,6 +1,7 @@
 //! One peer as the planner sees it.
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -39,6 +40,8 @@ pub(crate) struct Talk {
     pub(crate) path_since: Now,
     /// In use until then, unless traffic prolongs it.
     pub(crate) wanted_until: Now,
+    /// The addresses in our last call or answer.
+    pub(crate) told: Vec<SocketAddr>,
     /// The number in the last sealed message from the peer; only greater ones are accepted.
     pub(crate) heard_number: u64,
     /// The last time a lost session of the peer made us start a handshake.
@@ -68,21 +71,23 @@ impl Peer {
             last_tx: Traffic::stamp(&self.traffic.last_tx),
             last_rx_direct: Traffic::stamp(&self.traffic.last_rx_direct),
             last_rx_relay: Traffic::stamp(&self.traffic.last_rx_relay),
+            last_copy_relay: Traffic::stamp(&self.traffic.last_copy_relay),
         }
     }
 }
 
 impl Talk {
-    pub(crate) fn new(keys: ProbeKeys, agent: PathAgent, now: Now) -> Self {
+    pub(crate) fn new(keys: ProbeKeys, agent: PathAgent, path: Path, now: Now) -> Self {
         Self {
             keys,
             agent,
             tunnel: None,
             index: 0,
             handshake: None,
-            path: Path::Relay,
+            path,
             path_since: now,
             wanted_until: Now::ZERO,
+            told: Vec::new(),
             heard_number: 0,
             revived: None,
         }

@@ -20,6 +20,9 @@ pub struct Traffic {
     pub last_rx_direct: AtomicU64,
     /// Last authenticated datagram that came through the relay.
     pub last_rx_relay: AtomicU64,
+    /// Last repetition through the relay of a datagram that came before: the peer sends both ways, because it doubts the
+    /// direct path. Not proven: the relay could repeat an old one, which costs no more than answering both ways for a while.
+    pub last_copy_relay: AtomicU64,
     /// Set by the planner while it watches this peer. A worker that finds it off sets it and sends `Notice::Active`.
     pub watched: AtomicBool,
 }
@@ -45,6 +48,11 @@ impl Traffic {
     /// Notes an authenticated datagram that came through the relay.
     pub fn came_by_relay(&self, now: Now) {
         self.last_rx_relay.store(now.0.max(1), Ordering::Relaxed);
+    }
+
+    /// Notes a repetition that came through the relay.
+    pub fn copy_came_by_relay(&self, now: Now) {
+        self.last_copy_relay.store(now.0.max(1), Ordering::Relaxed);
     }
 
     /// True exactly once after the planner stopped watching.

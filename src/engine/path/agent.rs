@@ -47,6 +47,8 @@ const QUIET_MIN: Duration = Duration::from_millis(300);
 const DOUBT_AFTER: Duration = Duration::from_millis(120);
 /// A path in doubt for so long is dead.
 const DEAD_AFTER: Duration = Duration::from_millis(600);
+/// Packets on the relay when a path is chosen have arrived after this time.
+const UNDER_WAY: Duration = Duration::from_millis(500);
 /// Gap between questions on a doubted path.
 const DOUBT_PROBE_GAP: Duration = Duration::from_millis(100);
 /// Another path must be better by both of these to take over (hysteresis).
@@ -81,6 +83,7 @@ pub(crate) struct Stamps {
     pub(crate) last_tx: Option<Now>,
     pub(crate) last_rx_direct: Option<Now>,
     pub(crate) last_rx_relay: Option<Now>,
+    pub(crate) last_copy_relay: Option<Now>,
 }
 
 /// One peer's paths.
@@ -167,6 +170,8 @@ struct Doubt {
     since: Now,
     /// Data goes both ways already.
     both: bool,
+    /// It is the peer's: what comes from it shows nothing, only its answer to a probe does.
+    theirs: bool,
 }
 
 impl PathAgent {
@@ -256,6 +261,14 @@ impl PathAgent {
         }
     }
 
+    /// We learned addresses of ours that the peer was not told: what is under way cannot use them, so call (again).
+    pub(crate) fn candidates_grew(&mut self) {
+        if self.awake && self.current.is_none() {
+            self.next_round = None;
+            self.stage = Stage::ToCall;
+        }
+    }
+
     /// The peer is not in use any more: no packet goes to it on our account.
     pub(crate) fn sleep<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
         self.awake = false;
@@ -277,7 +290,7 @@ impl PathAgent {
             remote.forget();
         }
         if let Some(current) = &mut self.current {
-            current.doubt = Some(Doubt { since: cx.now, both: true });
+            current.doubt = Some(Doubt { since: cx.now, both: true, theirs: false });
             let (addr, path) = (current.addr, both(current.addr));
             cx.actions.push_back(Action::Select(path));
             self.probe(addr, true, cx);
@@ -543,22 +556,27 @@ impl PathAgent {
             None => {
                 let quiet = (current.rtt * QUIET_RTTS).max(QUIET_MIN);
                 let sending_into_silence = stamps.last_tx.is_some_and(|tx| tx > heard && now.since(heard) > quiet);
-                // The peer's packets come by the relay although ours go directly: it may have lost this path.
-                let peer_left = stamps.last_rx_relay.is_some_and(|rx| {
-                    rx > heard && now.since(heard) > quiet && rx > current.since + Duration::from_millis(500)
+                // The peer's packets come (also) by the relay although ours go directly: it does not hear us here. Those
+                // that were under way when the path was chosen do not count.
+                let peer_doubts = stamps.last_rx_relay.max(stamps.last_copy_relay).is_some_and(|rx| {
+                    rx > current.since + UNDER_WAY && now.since(rx) < quiet && rx > current.last_pong
                 });
                 let keepalive_due = self.awake && now.since(current.last_probe.max(current.last_pong)) >= KEEPALIVE;
-                if sending_into_silence || peer_left {
-                    self.doubt(false, now);
+                if peer_doubts {
+                    self.doubt(true, true, now);
+                    cx.actions.push_back(Action::Select(both(current.addr)));
+                    self.probe(current.addr, false, cx);
+                } else if sending_into_silence {
+                    self.doubt(false, false, now);
                     self.probe(current.addr, false, cx);
                 } else if keepalive_due {
                     self.probe(current.addr, false, cx);
                     // An unanswered keepalive must raise doubt too.
-                    self.doubt(false, now);
+                    self.doubt(false, false, now);
                 }
             }
-            // A doubt is settled by an answer to a probe, or by data that came after it arose.
-            Some(doubt) if heard > doubt.since => {
+            // A doubt is settled by an answer to a probe; one of our own also by data that came after it arose.
+            Some(doubt) if heard > doubt.since && !doubt.theirs => {
                 if let Some(c) = &mut self.current {
                     c.doubt = None;
                 }
@@ -573,7 +591,7 @@ impl PathAgent {
                     return;
                 }
                 if !doubt.both && now.since(doubt.since) >= patience {
-                    self.doubt(true, now);
+                    self.doubt(true, doubt.theirs, now);
                     cx.actions.push_back(Action::Select(both(current.addr)));
                 }
                 if now.since(current.last_probe) >= DOUBT_PROBE_GAP {
@@ -583,10 +601,10 @@ impl PathAgent {
         }
     }
 
-    fn doubt(&mut self, both: bool, now: Now) {
+    fn doubt(&mut self, both: bool, theirs: bool, now: Now) {
         if let Some(current) = &mut self.current {
             let since = current.doubt.map_or(now, |d| d.since);
-            current.doubt = Some(Doubt { since, both });
+            current.doubt = Some(Doubt { since, both, theirs });
         }
     }
 

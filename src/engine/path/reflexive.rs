@@ -104,6 +104,18 @@ impl Reflexive {
         }
     }
 
+    /// What was learned may be out of date: ask before it is told to anybody again.
+    pub(crate) const fn distrust(&mut self) {
+        self.last_done = None;
+    }
+
+    /// A request could not even be sent: its server does not count. True: that finished the asking.
+    pub(crate) fn unreachable(&mut self, server: SocketAddr, now: Now) -> bool {
+        let before = self.asked.len();
+        self.asked.retain(|a| a.server != server);
+        before > self.asked.len() && self.finish_if_done(now)
+    }
+
     pub(crate) fn next_deadline(&self) -> Option<Now> {
         self.asked.iter().map(|a| a.next).min()
     }
@@ -261,6 +273,20 @@ mod tests {
         assert_eq!(r.answer(&q.txid, "203.0.113.9:3478".parse().unwrap(), mapped, Now(1)), None);
         assert!(r.answer(&q.txid, server, mapped, Now(1)).is_some());
         assert_eq!(r.answer(&q.txid, server, mapped, Now(1)), None);
+    }
+
+    #[test]
+    fn a_server_that_cannot_be_sent_to_is_not_waited_for() {
+        let mut r = Reflexive::new();
+        let servers: Vec<SocketAddr> = vec!["203.0.113.1:3478".parse().unwrap(), "[2001:db8::1]:3478".parse().unwrap()];
+        r.set_servers(&servers);
+        let questions = ask(&mut r, Now(0));
+        assert!(!r.unreachable(servers[1], Now(1)), "the other one is still asked");
+        assert!(r.answer(&questions[0].txid, servers[0], "198.51.100.1:5".parse().unwrap(), Now(2)).unwrap().done);
+        assert!(r.is_fresh(Now(3)));
+        r.distrust();
+        assert!(!r.is_fresh(Now(3)));
+        assert_eq!(r.addresses().len(), 1, "known until something better is");
     }
 
     #[test]

@@ -255,7 +255,7 @@ impl Planner {
             Input::Addresses(addresses) => self.addresses_changed(addresses),
             Input::StunServers(servers) => self.stun_servers_changed(&servers),
             Input::NetReport(report) => self.net_report(report),
-            Input::SendFailed(via) => tracing::debug!(?via, "a datagram could not be sent"),
+            Input::SendFailed(via) => self.send_failed(&via),
             Input::Command(Command::Ping { token, seq, peer, timeout_ms }) => self.ping(token, seq, peer, timeout_ms),
             Input::Command(Command::Publish { token, records }) => self.publish(token, records),
         }
@@ -323,6 +323,7 @@ impl Planner {
     fn relay_changed(&mut self, up: bool) {
         self.relay_up = up;
         self.relay_down_since = if up { None } else { self.relay_down_since.or(Some(self.now)) };
+        self.reselect_relay();
         if up {
             // Handshakes that found no way out need not wait for their next repetition.
             let waiting: Vec<PeerId> =

@@ -95,6 +95,7 @@ impl Planner {
 
     fn select(&mut self, id: PeerId, path: Path) {
         let now = self.now;
+        let path = if path == Path::Relay { self.without_direct_path() } else { path };
         let Some(peer) = self.peer_mut(id) else { return };
         let key = peer.wg;
         let Some(talk) = peer.talk.as_deref_mut() else { return };
@@ -111,8 +112,13 @@ impl Planner {
         if is_change {
             talk.path_since = now;
         }
-        if let Some(remote) = endpoint(&path) {
-            self.last_endpoints.insert(key, remote);
+        match endpoint(&path) {
+            Some(remote) => {
+                self.last_endpoints.insert(key, remote);
+            }
+            // Perhaps it was lost because our NAT forgot us: what it showed before may be wrong now.
+            None if is_change => self.reflexive.distrust(),
+            None => {}
         }
         self.update(Update::Path { peer: id, path });
         if is_change {
@@ -122,12 +128,31 @@ impl Planner {
         }
     }
 
+    /// How packets go to a peer without a direct path. With the relay link down they wait for a way.
+    pub(super) const fn without_direct_path(&self) -> Path {
+        if self.relay_up { Path::Relay } else { Path::None }
+    }
+
+    /// The relay link came or went: so did the way to every peer without a direct path.
+    pub(super) fn reselect_relay(&mut self) {
+        let relayed = |path: &Path| matches!(path, Path::Relay | Path::None);
+        let ids: Vec<PeerId> = self.talking().filter(|(_, t)| relayed(&t.path)).map(|(id, _)| id).collect();
+        for id in ids {
+            self.select(id, Path::Relay);
+        }
+    }
+
     /// Seals a message to the peer and sends it through the relay.
     fn tell(&mut self, id: PeerId, kind: MessageKind, round: u32, t: Option<u64>, echo: Option<u64>) {
         let candidates = match kind {
             MessageKind::Call | MessageKind::Answer => self.candidates(),
             MessageKind::Go => Vec::new(),
         };
+        if kind != MessageKind::Go
+            && let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut())
+        {
+            talk.told = candidates.iter().map(|c| c.addr).collect();
+        }
         let number = self.next_number;
         self.next_number += 1;
         let message = PeerMessage {
@@ -369,7 +394,34 @@ impl Planner {
         } else if answered.changed {
             self.verify_paths();
         }
+        self.tell_new_candidates();
         true
+    }
+
+    /// Peers that are being looked for without an address that is known by now are called (again).
+    fn tell_new_candidates(&mut self) {
+        let known = self.candidates();
+        let ignorant: Vec<PeerId> = self
+            .talking()
+            .filter(|(_, t)| t.is_wanted(self.now) && !t.told.is_empty() && !t.agent.waits_for_candidates())
+            .filter(|(_, t)| known.iter().any(|c| !t.told.contains(&c.addr)))
+            .map(|(id, _)| id)
+            .collect();
+        for id in ignorant {
+            self.with_agent(id, |agent, _, _| agent.candidates_grew());
+        }
+    }
+
+    /// A datagram of ours cannot be sent at all, for want of an address of its family or of a route.
+    pub(super) fn send_failed(&mut self, via: &Via) {
+        tracing::debug!(?via, "a datagram could not be sent");
+        if let Via::Udp { remote, .. } = via
+            && self.reflexive.unreachable(*remote, self.now)
+        {
+            let next = self.reflexive.next_deadline();
+            self.timers.set(Why::Stun, next);
+            self.stun_finished(false);
+        }
     }
 
     fn stun_finished(&mut self, changed: bool) {

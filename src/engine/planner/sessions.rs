@@ -277,10 +277,12 @@ impl Planner {
         let wg = peer.wg;
         let Some(keys) = self.probe_keys(&wg) else { return false };
         let name = keys.inbound_name();
+        let path = self.without_direct_path();
         let agent = PathAgent::new(self.me.wg < wg, now);
         if let Some(peer) = self.peer_mut(id) {
-            peer.talk = Some(Box::new(Talk::new(keys, agent, now)));
+            peer.talk = Some(Box::new(Talk::new(keys, agent, path, now)));
         }
+        self.update(Update::Path { peer: id, path });
         self.by_name.insert(name, id);
         self.update(Update::ProbeName { peer: id, name });
         true
