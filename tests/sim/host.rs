@@ -144,7 +144,7 @@ impl Machines {
     }
 
     /// A packet from the kernel.
-    pub(crate) fn from_kernel(&mut self, packet: &[u8], now: Now, wants: &mut Vec<Want>) {
+    pub(crate) fn kernel_sends(&mut self, packet: &[u8], now: Now, wants: &mut Vec<Want>) {
         self.tick(now);
         let mut sink = Sink::default();
         self.apply_updates(None, &mut sink);

@@ -18,6 +18,7 @@ mod puncher;
 mod scenario;
 mod server;
 mod sim;
+mod stories;
 mod town;
 mod trace;
 mod world;
@@ -50,6 +51,9 @@ fn replay_one() {
     let Some(line) = replay() else { return };
     if let Some(line) = line.strip_prefix("punch ") {
         say(&format!("{:?}", puncher::punch(&line.parse().unwrap(), true)));
+    } else if let Some(line) = line.strip_prefix("story=") {
+        let (name, seed) = line.split_once(" seed=").unwrap();
+        stories::run(name, seed.parse().unwrap());
     } else {
         say(&format!("{:?}", matrix::run(&line.parse().unwrap())));
     }

@@ -105,7 +105,7 @@ mod tests {
                     for seed in 0..seeds {
                         let seed = 1 + 100 * n as u64 + seed;
                         // Who speaks first alternates.
-                        let (a, b) = if (seed + i as u64) % 2 == 0 { (a, b) } else { (b, a) };
+                        let (a, b) = if (seed + i as u64).is_multiple_of(2) { (a, b) } else { (b, a) };
                         run(&Scenario { shape, loss, seed, ..Scenario::pair(a, b) });
                     }
                 }

@@ -275,6 +275,22 @@ impl Sim {
         NodeRef(number)
     }
 
+    /// A new member redeems its invite at the running coordinator. It does not run yet.
+    pub(crate) fn join(&mut self, name: &str, host: HostId) -> NodeRef {
+        let node = self.add_node(name, host);
+        let key = self.nodes[node.0].control;
+        let [.., invite, member] = self.network.log.as_slice() else { unreachable!("the log ends with both") };
+        let message = ToCoordinator::Redeem { re: 1, invite: invite.clone(), member: member.clone() };
+        let number = self.next_number;
+        self.next_number += 1;
+        let (now, wall) = (self.world.now(), WALL + self.world.now().0 / 1_000_000);
+        let from = SocketAddr::new(SERVER_V6.into(), 1);
+        self.with_server(|s, wants| s.opened(ConnId(number), key, from, now, wants));
+        self.with_server(|s, wants| s.message(ConnId(number), message, wall, now, wants));
+        self.world.at(now + self.tcp_delay * 2, Event::Closed(Link::Control, number));
+        node
+    }
+
     /// Starts the coordinator; the first time with every record made so far.
     pub(crate) fn start_server(&mut self) {
         if self.server.store.is_empty() {
@@ -361,7 +377,7 @@ impl Sim {
     }
 
     /// A packet from the node's kernel into its TUN device.
-    pub(crate) fn from_kernel(&mut self, node: NodeRef, packet: Vec<u8>) {
+    pub(crate) fn kernel_sends(&mut self, node: NodeRef, packet: Vec<u8>) {
         let life = self.life(node);
         self.world.at(self.world.now(), Event::Tun(life, packet));
     }
@@ -697,7 +713,7 @@ impl Sim {
                 self.with_machines(life, |m, wants| m.input(Input::Notice(notice), now, wants));
             }
             Event::Input(life, input) => self.with_machines(life, |m, wants| m.input(*input, now, wants)),
-            Event::Tun(life, packet) => self.with_machines(life, |m, wants| m.from_kernel(&packet, now, wants)),
+            Event::Tun(life, packet) => self.with_machines(life, |m, wants| m.kernel_sends(&packet, now, wants)),
             Event::Dial(life, link) => self.dial(life, link),
             Event::Accepted(life, link, number, key, from) => self.accepted(life, link, number, key, from),
             Event::Connected(life, link, number) => self.connected(life, link, number),
@@ -912,7 +928,7 @@ impl Sim {
                     let resolved = resolve(&servers);
                     self.world.at(now + RESOLVE, Event::Input(life, Box::new(Input::StunServers(resolved))));
                 }
-                host::Want::ToKernel(packet) => self.to_kernel(life, packet),
+                host::Want::ToKernel(packet) => self.kernel_gets(life, packet),
                 host::Want::Worker(at) => self.world.at(at, Event::Worker(life)),
                 host::Want::Notice(at, notice) => self.world.at(at, Event::Notice(life, notice)),
             }
@@ -927,7 +943,7 @@ impl Sim {
         }
     }
 
-    fn to_kernel(&mut self, life: Life, packet: Vec<u8>) {
+    fn kernel_gets(&mut self, life: Life, packet: Vec<u8>) {
         let now = self.world.now();
         match inner::read(&packet) {
             Inner::EchoRequest { .. } => {

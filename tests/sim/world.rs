@@ -102,6 +102,16 @@ pub(crate) struct World<E> {
     /// Must not appear in any datagram; see [`World::forbid`].
     forbidden: Option<Vec<u8>>,
     leaked: u64,
+    /// What a tap on the wires saw, while there is one.
+    tapped: Option<Vec<Tapped>>,
+}
+
+/// One datagram as a tap saw it set out.
+#[derive(Debug, Clone)]
+pub(crate) struct Tapped {
+    pub(crate) source: SocketAddr,
+    pub(crate) destination: SocketAddr,
+    pub(crate) bytes: Vec<u8>,
 }
 
 impl<E> World<E> {
@@ -118,6 +128,7 @@ impl<E> World<E> {
             trace: Trace::new(aloud),
             forbidden: None,
             leaked: 0,
+            tapped: None,
         }
     }
 
@@ -211,6 +222,16 @@ impl<E> World<E> {
         }
     }
 
+    /// Sees every datagram in every network from now on.
+    pub(crate) fn tap(&mut self) {
+        self.tapped = Some(Vec::new());
+    }
+
+    /// What the tap saw since it was put on or last read.
+    pub(crate) fn tapped(&mut self) -> Vec<Tapped> {
+        self.tapped.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
     /// Counts datagrams that contain `marker` from now on.
     pub(crate) fn forbid(&mut self, marker: &[u8]) {
         self.forbidden = Some(marker.to_vec());
@@ -300,6 +321,10 @@ impl<E> World<E> {
             && packet.bytes.windows(marker.len()).any(|w| w == marker)
         {
             self.leaked += 1;
+        }
+        if let Some(tapped) = &mut self.tapped {
+            let Packet { source, destination, ref bytes, .. } = packet;
+            tapped.push(Tapped { source, destination, bytes: bytes.clone() });
         }
         let place = &self.nets[net.0];
         let ip = packet.destination.ip();
