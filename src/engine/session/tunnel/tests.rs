@@ -1,5 +1,20 @@
-//! Each test named `trap_x` shows that the bug of boringtun with that letter (docs/testing.md lists them) does not reach
-//! through. Times are those handed in; what depends on boringtun's own clock is in [`virtual_time`].
+//! Each test named `trap_x` shows that a bug of boringtun 0.7.1 does not reach through:
+//!
+//! | trap | left to itself, boringtun |
+//! |---|---|
+//! | B | gives up a silent peer after 90 s, and for ever |
+//! | B2 | sends a new tunnel's first packet only after the keepalive interval |
+//! | C | counts handshakes until told to stop: after the limit everything gets a cookie |
+//! | D | counts each handshake a second time in the tunnel |
+//! | E | uses a session of any age while nobody ticks it |
+//! | F | after a suspend says "expired" at every tick |
+//! | H | knows the newest handshake timestamp only as long as the tunnel object lives |
+//! | I | lets unanswered handshakes push the live session out of its ring of eight |
+//! | J | silently drops the upper eight bits of the index |
+//! | K | forgets the keepalive after a request and its answer within one tick |
+//! | L | has both ends renew an idle session at once, for ever |
+//!
+//! Times are those handed in; what depends on boringtun's own clock is in [`virtual_time`], built with the feature `sim`.
 
 use std::net::Ipv4Addr;
 
