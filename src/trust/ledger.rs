@@ -6,16 +6,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
 
 use crate::time::UnixSeconds;
 use crate::trust::addresses::TakenAddresses;
-use crate::trust::names::{dns_label, numbered};
-use crate::trust::record::{
-    Admin, Genesis, Invite, Member, Record, RecordError, Revoke, RevokeTarget, RouteGrant, SignedRecord, member_ipv6,
-};
-use crate::wire::control::log_head;
+use crate::trust::names::numbered;
+use crate::trust::record::{Genesis, Invite, Member, RecordError, SignedRecord};
 use crate::wire::keys::{ControlKey, Digest32, IdentityKey, InviteKey, NetworkId, WgKey};
+
+mod effects;
+mod rules;
+
+pub use rules::{is_sane_ipv4_range, is_ula_48};
 
 /// The record format this program reads and writes.
 pub const RECORD_VERSION: u16 = 1;
@@ -256,7 +258,7 @@ impl Ledger {
         &self.log
     }
 
-    /// The running digest over the whole log, see [`log_head`].
+    /// The running digest over the whole log, see [`crate::wire::control::log_head`].
     #[must_use]
     pub fn head(&self) -> Digest32 {
         self.heads.last().copied().unwrap_or_default()
@@ -450,296 +452,6 @@ impl Ledger {
             }
         }
         numbered(wanted, free)
-    }
-
-    // The rules.
-
-    /// Everything that can speak against a record whose signatures are right.
-    fn judge(&self, signer: Digest32, record: &Record, judge: Judge) -> Result<(), Refusal> {
-        let (version, network) = common_fields(record);
-        if network != self.network {
-            return Err(Refusal::WrongNetwork);
-        }
-        if version != RECORD_VERSION {
-            return Err(Refusal::Record(RecordError::Unreadable));
-        }
-        if let Record::Genesis(genesis) = record {
-            return self.judge_genesis(signer, genesis);
-        }
-        let genesis = self.genesis.as_ref().ok_or(Refusal::NoGenesis)?;
-        match record {
-            Record::Member(member) => return self.judge_member(signer, member, genesis, judge),
-            Record::Genesis(_) | Record::Admin(_) | Record::Invite(_) | Record::RouteGrant(_) | Record::Revoke(_) => {}
-        }
-        if signer.0 != self.network.0 && !self.is_admin(&IdentityKey(signer.0)) {
-            return Err(Refusal::NotAdmin);
-        }
-        match record {
-            Record::Admin(admin) => self.judge_identity(&admin.identity),
-            Record::Invite(invite) => self.judge_invite(invite, genesis),
-            Record::RouteGrant(grant) => {
-                self.judge_identity(&grant.identity)?;
-                self.nodes.get(&grant.identity).ok_or(Refusal::UnknownTarget)?;
-                judge_route(&grant.prefix, genesis)
-            }
-            Record::Revoke(revoke) => self.judge_revoke(&revoke.target),
-            Record::Genesis(_) | Record::Member(_) => Ok(()),
-        }
-    }
-
-    fn judge_genesis(&self, signer: Digest32, genesis: &Genesis) -> Result<(), Refusal> {
-        if signer.0 != self.network.0 || self.genesis.is_some() {
-            return Err(Refusal::BadGenesis);
-        }
-        label(&genesis.name)?;
-        check(is_sane_ipv4_range(genesis.ipv4), "the IPv4 range is not usable")?;
-        check(is_ula_48(genesis.ipv6), "the IPv6 prefix is not a ULA /48")
-    }
-
-    fn judge_identity(&self, identity: &IdentityKey) -> Result<(), Refusal> {
-        // So that no Revoke of a node can ever be read as one of the root.
-        check(identity.0 != self.network.0, "the root key is not a node's")?;
-        if self.is_revoked(identity) { Err(Refusal::Revoked) } else { Ok(()) }
-    }
-
-    fn judge_invite(&self, invite: &Invite, genesis: &Genesis) -> Result<(), Refusal> {
-        if self.invites.contains_key(&invite.key) {
-            return Err(Refusal::KeyTaken);
-        }
-        check(invite.uses > 0, "an invite admits at least one member")?;
-        invite.name.as_deref().map_or(Ok(()), label)?;
-        invite.routes.iter().try_for_each(|prefix| judge_route(prefix, genesis))
-    }
-
-    fn judge_revoke(&self, target: &RevokeTarget) -> Result<(), Refusal> {
-        let known = match target {
-            RevokeTarget::Identity(identity) => self.nodes.contains_key(identity) || self.admins.contains_key(identity),
-            RevokeTarget::Invite(key) => self.invites.contains_key(key),
-        };
-        if known { Ok(()) } else { Err(Refusal::UnknownTarget) }
-    }
-
-    fn judge_member(&self, signer: Digest32, m: &Member, genesis: &Genesis, judge: Judge) -> Result<(), Refusal> {
-        check(signer.0 == m.invite.0, "it is not signed by its invite's key")?;
-        let open = self.invites.get(&m.invite).ok_or(Refusal::NoInvite)?;
-        self.judge_identity(&m.identity)?;
-        if open.revoked() || self.is_revoked(&IdentityKey(open.issuer.0)) {
-            return Err(Refusal::InviteRevoked);
-        }
-        if open.used_up() {
-            return Err(Refusal::InviteUsedUp);
-        }
-        let in_time = match judge {
-            Judge::Reader => true,
-            Judge::Coordinator(now) => now <= open.invite.expires,
-        };
-        if !in_time || m.created > open.invite.expires {
-            return Err(Refusal::InviteExpired);
-        }
-        label(&m.name)?;
-        check(open.invite.name.as_ref().is_none_or(|name| *name == m.name), "the invite demands another name")?;
-        check(is_host_of(m.ipv4, genesis.ipv4), "the IPv4 address is not a host address of the network's range")?;
-        check(m.ipv6 == member_ipv6(genesis.ipv6, &m.identity), "the IPv6 address does not follow from the identity")?;
-        if self.nodes.contains_key(&m.identity) || self.wg.contains_key(&m.wg) || self.control.contains_key(&m.control)
-        {
-            return Err(Refusal::KeyTaken);
-        }
-        if self.ipv4.contains_key(&m.ipv4) {
-            return Err(Refusal::AddressTaken(m.ipv4));
-        }
-        if self.names.contains_key(&m.name) {
-            return Err(Refusal::NameTaken(m.name.clone()));
-        }
-        Ok(())
-    }
-
-    /// Fills the log with copies of records up to a length, unjudged and without effect: for tests of long logs, where
-    /// signing would take minutes.
-    #[cfg(test)]
-    pub(crate) fn extend_unjudged(&mut self, records: &[SignedRecord], len: usize) {
-        for record in records.iter().cycle().take(len.saturating_sub(self.log.len())) {
-            self.heads.push(log_head(self.head(), record));
-            self.log.push(record.clone());
-        }
-    }
-
-    // What follows from an accepted record, and back.
-
-    fn apply(&mut self, id: Digest32, signed: SignedRecord, record: Record) -> Change {
-        let at = self.log.len();
-        let issuer = signed.signer;
-        self.heads.push(log_head(self.head(), &signed));
-        self.log.push(signed);
-        self.known.insert(id, at);
-        match record {
-            Record::Genesis(genesis) => {
-                self.genesis = Some(genesis);
-                Change::Founded
-            }
-            Record::Admin(Admin { identity, .. }) => {
-                self.admins.entry(identity).or_insert(at);
-                Change::AdminAdded(identity)
-            }
-            Record::Invite(invite) => {
-                let key = invite.key;
-                self.invites.insert(key, OpenInvite { invite, issuer, used: 0, at, closed_at: None });
-                Change::InviteAdded(key)
-            }
-            Record::Member(member) => {
-                let identity = member.identity;
-                if let Some(open) = self.invites.get_mut(&member.invite) {
-                    open.used = open.used.saturating_add(1);
-                    if open.invite.admin {
-                        self.admins.entry(identity).or_insert(at);
-                    }
-                }
-                self.wg.insert(member.wg, identity);
-                self.control.insert(member.control, identity);
-                self.nodes.insert(identity, Node { member, at });
-                self.bring_in(&identity);
-                Change::MemberAdded(identity)
-            }
-            Record::RouteGrant(RouteGrant { identity, prefix, .. }) => {
-                self.grants.entry(identity).or_default().entry(prefix).or_insert(at);
-                Change::RouteGranted(identity)
-            }
-            Record::Revoke(Revoke { target: RevokeTarget::Identity(identity), .. }) => {
-                if !self.is_revoked(&identity) {
-                    self.put_out(&identity);
-                    self.revoked.insert(identity, at);
-                    for open in self.invites.values_mut().filter(|i| i.issuer.0 == identity.0 && !i.used_up()) {
-                        open.closed_at.get_or_insert(at);
-                    }
-                }
-                Change::MemberRevoked(identity)
-            }
-            Record::Revoke(Revoke { target: RevokeTarget::Invite(key), .. }) => {
-                if let Some(open) = self.invites.get_mut(&key) {
-                    open.closed_at.get_or_insert(at);
-                }
-                Change::InviteRevoked(key)
-            }
-        }
-    }
-
-    /// The exact reverse of [`Self::apply`] for the newest record, which stood at `at`.
-    fn take_back(&mut self, record: &Record, at: usize) {
-        match record {
-            Record::Genesis(_) => self.genesis = None,
-            Record::Admin(Admin { identity, .. }) => self.forget_admin(identity, at),
-            Record::Invite(invite) => {
-                self.invites.remove(&invite.key);
-            }
-            Record::Member(member) => {
-                self.put_out(&member.identity);
-                self.nodes.remove(&member.identity);
-                self.wg.remove(&member.wg);
-                self.control.remove(&member.control);
-                self.forget_admin(&member.identity, at);
-                if let Some(open) = self.invites.get_mut(&member.invite) {
-                    open.used = open.used.saturating_sub(1);
-                }
-            }
-            Record::RouteGrant(RouteGrant { identity, prefix, .. }) => {
-                if let Some(prefixes) = self.grants.get_mut(identity) {
-                    if prefixes.get(prefix) == Some(&at) {
-                        prefixes.remove(prefix);
-                    }
-                    if prefixes.is_empty() {
-                        self.grants.remove(identity);
-                    }
-                }
-            }
-            Record::Revoke(Revoke { target: RevokeTarget::Identity(identity), .. }) => {
-                if self.revoked.get(identity) == Some(&at) {
-                    self.revoked.remove(identity);
-                    self.bring_in(identity);
-                    for open in self.invites.values_mut().filter(|i| i.closed_at == Some(at)) {
-                        open.closed_at = None;
-                    }
-                }
-            }
-            Record::Revoke(Revoke { target: RevokeTarget::Invite(key), .. }) => {
-                if let Some(open) = self.invites.get_mut(key).filter(|i| i.closed_at == Some(at)) {
-                    open.closed_at = None;
-                }
-            }
-        }
-    }
-
-    fn forget_admin(&mut self, identity: &IdentityKey, at: usize) {
-        if self.admins.get(identity) == Some(&at) {
-            self.admins.remove(identity);
-        }
-    }
-
-    /// Gives a node (if the identity is one) its name and address.
-    fn bring_in(&mut self, identity: &IdentityKey) {
-        let Some(Node { member, .. }) = self.nodes.get(identity) else { return };
-        self.names.insert(member.name.clone(), *identity);
-        self.ipv4.insert(member.ipv4, *identity);
-        self.taken.insert(member.ipv4);
-        self.live += 1;
-    }
-
-    /// Frees the name and address of a node (if the identity is one).
-    fn put_out(&mut self, identity: &IdentityKey) {
-        let Some(Node { member, .. }) = self.nodes.get(identity) else { return };
-        self.names.remove(&member.name);
-        self.ipv4.remove(&member.ipv4);
-        self.taken.remove(member.ipv4);
-        self.live = self.live.saturating_sub(1);
-    }
-}
-
-/// Whether a network may use this IPv4 range: host bits zero, /8 to /29, not one that IPv4 gives another meaning (this
-/// host, loopback, multicast and above: RFC 6890 section 2.2.2).
-#[must_use]
-pub fn is_sane_ipv4_range(range: Ipv4Net) -> bool {
-    let first = range.addr().octets()[0];
-    range.addr() == range.network()
-        && (8..=29).contains(&range.prefix_len())
-        && first != 0
-        && first != 127
-        && first < 224
-}
-
-/// Whether a network may use this IPv6 prefix: a locally assigned ULA /48 (RFC 4193 section 3.1), host bits zero.
-#[must_use]
-pub fn is_ula_48(prefix: Ipv6Net) -> bool {
-    prefix.addr().octets()[0] == 0xfd && prefix.prefix_len() == 48 && prefix.addr() == prefix.network()
-}
-
-fn is_host_of(address: Ipv4Addr, range: Ipv4Net) -> bool {
-    range.contains(&address) && address != range.network() && address != range.broadcast()
-}
-
-/// A route must be a real prefix, and not one inside the mesh: that would give a node other members' addresses.
-fn judge_route(prefix: &IpNet, genesis: &Genesis) -> Result<(), Refusal> {
-    check(prefix.addr() == prefix.network(), "a route has host bits set")?;
-    let inside = match prefix {
-        IpNet::V4(v4) => genesis.ipv4.contains(v4),
-        IpNet::V6(v6) => genesis.ipv6.contains(v6),
-    };
-    check(!inside, "a route lies inside the mesh's own range")
-}
-
-fn label(name: &str) -> Result<(), Refusal> {
-    check(dns_label(name).is_ok(), "a name is not a DNS label")
-}
-
-fn check(fine: bool, otherwise: &'static str) -> Result<(), Refusal> {
-    if fine { Ok(()) } else { Err(Refusal::Contradiction(otherwise)) }
-}
-
-fn common_fields(record: &Record) -> (u16, NetworkId) {
-    match record {
-        Record::Genesis(r) => (r.v, r.network),
-        Record::Admin(r) => (r.v, r.network),
-        Record::Invite(r) => (r.v, r.network),
-        Record::Member(r) => (r.v, r.network),
-        Record::RouteGrant(r) => (r.v, r.network),
-        Record::Revoke(r) => (r.v, r.network),
     }
 }
 

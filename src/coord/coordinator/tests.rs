@@ -1,11 +1,13 @@
 use proptest::prelude::*;
 
+use super::log::LOG_WINDOW;
 use super::*;
-use crate::trust::founding::{Terms, invite_key, invite_record, revoke_record, route_grant_record};
+use crate::trust::founding::{Terms, admin_record, invite_key, invite_record, revoke_record, route_grant_record};
 use crate::trust::keys::{NodeKeys, Secret32};
-use crate::trust::record::RevokeTarget;
+use crate::trust::ledger::Judge;
+use crate::trust::record::{RevokeTarget, SignedRecord};
 use crate::trust::testing::{Founder, NOW, open_terms};
-use crate::wire::control::{log_head, refusal};
+use crate::wire::control::{LOG_CHUNK, MAX_MESSAGE, log_head, refusal};
 
 const CLAIM: [u8; 32] = [42; 32];
 
@@ -245,6 +247,10 @@ fn founding_needs_the_claim_and_the_four_records_of_the_sender() {
     ] {
         assert_eq!(code(&desk.ask(conn, with(CLAIM, bad))), refusal::BAD_RECORD);
     }
+    // The admin must be the founding node.
+    let mut records = f.records.to_vec();
+    records[1] = admin_record(&f.root, f.network, other.keys.identity_key(), NOW);
+    assert_eq!(code(&desk.ask(conn, with(CLAIM, records))), refusal::BAD_RECORD);
     assert!(desk.stored.is_empty() && desk.c.ledger().is_none());
     assert_eq!(desk.ask(conn, found(&f)), [ToNode::Joined { re: 1 }]);
     // Without an open claim nothing founds.
@@ -636,9 +642,43 @@ fn what_is_not_stored_is_shown_to_nobody() {
     let answers = desk.ask(nas_conn, hello(0, Digest32::default()));
     assert_eq!(log_records(&answers).len(), 6);
     assert_eq!(desk.ask(admin, publish(std::slice::from_ref(&grant))), [], "repeated: waits for the same write");
+    // Not even to somebody who has it already.
+    let head = desk.c.ledger().unwrap().head();
+    assert_eq!(log_records(&desk.ask(nas_conn, hello(7, head))).len(), 6);
     desk.write(true);
     assert_eq!(log_records(&desk.take(nas_conn)), [grant]);
     assert_eq!(desk.take(admin)[..2], [ToNode::Published { re: 5 }, ToNode::Published { re: 5 }]);
+}
+
+#[test]
+fn a_join_or_a_removal_counts_once_it_is_stored() {
+    let mut f = Founder::new(1);
+    let mut desk = Desk::of(&f);
+    let (nas, nas_conn) = desk.join(&mut f, "nas", open_terms(1));
+    let admin = desk.hello(&f.keys);
+    desk.store = Store::Slow;
+    let revoke = revoke_record(&f.admin(), f.network, RevokeTarget::Identity(nas.identity_key()), NOW);
+    desk.say(admin, publish(std::slice::from_ref(&revoke)));
+    let answers = desk.ask(nas_conn, hello(0, Digest32::default()));
+    assert!(matches!(answers[0], ToNode::Welcome { .. }));
+    assert!(!log_records(&answers).contains(&revoke));
+    desk.write(false);
+    assert!(desk.closed.is_empty() && desk.relay.contains_key(&nas.control_key()));
+    desk.say(admin, publish(std::slice::from_ref(&revoke)));
+    desk.write(true);
+    assert_eq!(log_records(&desk.take(nas_conn)), std::slice::from_ref(&revoke));
+    assert_eq!(desk.closed, [(nas_conn, why::REVOKED)]);
+
+    let (secret, invite) = f.invite(open_terms(1));
+    let keys = f.node();
+    let member = f.member(&keys, &secret, "new", 9);
+    let joining = desk.open(keys.control_key());
+    desk.say(joining, ToCoordinator::Redeem { re: 2, invite, member });
+    let impatient = desk.open(keys.control_key());
+    assert_eq!(code(&desk.ask(impatient, hello(0, Digest32::default()))), refusal::NOT_A_MEMBER);
+    desk.write(true);
+    assert!(matches!(desk.ask(impatient, hello(0, Digest32::default()))[0], ToNode::Welcome { .. }));
+    assert_eq!(desk.c.guests, 0);
 }
 
 #[test]
@@ -763,6 +803,8 @@ fn a_long_log_is_sent_in_portions() {
     assert_eq!(first.len(), 1 + LOG_WINDOW);
     let mut all = log_records(&first);
     assert_eq!(desk.ask(conn, ToCoordinator::Ping { re: 1 }).len(), 1, "other answers are not held up");
+    desk.pass(Duration::from_millis(400));
+    assert_eq!(desk.take(conn), [], "presence names nodes it does not know yet");
     desk.handle(Input::Drained(conn));
     all.extend(log_records(&desk.take(conn)));
     desk.handle(Input::Drained(ConnId(999)));

@@ -1,3 +1,4 @@
+use ipnet::Ipv6Net;
 use proptest::prelude::*;
 
 use super::*;
@@ -5,8 +6,9 @@ use crate::trust::founding::{
     Terms, admin_record, found, invite_key, invite_record, member_record, network_id, revoke_record, route_grant_record,
 };
 use crate::trust::keys::{NodeKeys, Secret32};
-use crate::trust::record::HexSignature;
+use crate::trust::record::{HexSignature, Record, RevokeTarget, member_ipv6};
 use crate::trust::testing::{Founder, NOW, open_terms};
+use crate::wire::control::log_head;
 
 const READER: Judge = Judge::Reader;
 
@@ -501,6 +503,7 @@ fn busy_log(seed: u64) -> (Founder, Vec<SignedRecord>) {
     let again = f.node();
     log.push(f.member(&again, &open, "phone", 4));
     log.push(admin_record(&by_deputy, f.network, again.identity_key(), NOW));
+    log.push(admin_record(&f.root, f.network, again.identity_key(), NOW + 1));
     log.push(revoke_record(&admin, f.network, RevokeTarget::Identity(deputy.identity_key()), NOW));
     log.push(revoke_record(&admin, f.network, RevokeTarget::Identity(deputy.identity_key()), NOW + 1));
     log.push(revoke_record(&admin, f.network, RevokeTarget::Invite(invite_key(&open)), NOW));
