@@ -7,6 +7,7 @@
 
 mod client;
 mod completions;
+pub mod coordinator;
 pub mod demo;
 mod down;
 mod duration;
@@ -121,6 +122,8 @@ pub enum Command {
     Invite(invite::Args),
     /// Put a node out of the network for good (admin nodes only)
     Remove(remove::Args),
+    /// Run a coordinator: it introduces machines to each other and relays what cannot go directly
+    Coordinator(coordinator::Args),
     /// Show a whole network on this one machine, in network namespaces
     Demo(demo::Args),
     /// Print the version
@@ -181,6 +184,7 @@ fn dispatch(cli: &Cli) -> Result<(), CliError> {
         Command::Ip(args) => ip::run(args, global),
         Command::Invite(args) => invite::run(args, global),
         Command::Remove(args) => remove::run(args, global),
+        Command::Coordinator(args) => coordinator::run(args, global),
         Command::Demo(args) => demo::run(args, global),
         Command::Version => version::run(global),
         Command::Completions(args) => completions::run(args, global),

@@ -9,7 +9,7 @@ use url::{Host, Url};
 
 use crate::link::{self, Endpoint};
 use crate::server::state_dir::{Secrets, StateDir};
-use crate::server::{open_state, store, store_path};
+use crate::server::{judge, open_state, store, store_path};
 use crate::trust::keys::Secret32;
 use crate::trust::token::ClaimToken;
 use crate::wire::local::Problem;
@@ -163,6 +163,42 @@ pub async fn claim(
     Ok(Claim { schema: 1, token: claim_token(&url, &secrets), url })
 }
 
+/// `meshd coordinator check --json`, schema 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// 1.
+    pub schema: u16,
+    /// Records in the log.
+    pub records: usize,
+    /// Live members.
+    pub members: usize,
+    /// The network's id; null: not founded.
+    pub network: Option<String>,
+}
+
+/// Reads and judges the whole store of a coordinator that is not running, as its next start will.
+///
+/// # Errors
+/// `already-running`, `not-initialized`, or whatever is wrong with the state.
+pub async fn check(state_dir: &Path, store: Option<&Path>) -> Result<Check, Problem> {
+    let dir = StateDir::open(state_dir)?;
+    let _lock = dir.lock()?;
+    if !dir.is_initialized() {
+        return Err(Problem {
+            code: "not-initialized".into(),
+            text: format!("no coordinator has ever run on {}", dir.path().display()),
+            hint: "name the coordinator's directory with --state-dir DIR".into(),
+        });
+    }
+    let path = store_path(&dir, store);
+    let opened = open_state(&dir, store).await?;
+    opened.store.close().await;
+    let ledger = judge(&path, &opened.records)?;
+    let network = opened.records.first().map(|genesis| genesis.signer.to_string());
+    let members = ledger.map_or(0, |ledger| ledger.members().count());
+    Ok(Check { schema: 1, records: opened.records.len(), members, network })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -213,5 +249,7 @@ mod tests {
         assert_eq!(token.urls, ["https://203.0.113.5"]);
         let dir = StateDir::open(parent.path()).unwrap();
         assert_eq!(token.coordinator, link::public_key(&dir.secrets().unwrap().key));
+        let clean = Check { schema: 1, records: 0, members: 0, network: None };
+        assert_eq!(check(parent.path(), None).await.unwrap(), clean);
     }
 }

@@ -1,11 +1,15 @@
 //! STUN: UDP in, [`stun::answer`], UDP out. The answer leaves from the address the request came to, or from the one it
 //! asked for, also on sockets bound to every address of the machine.
+//!
+//! Telling all kinds of NAT apart takes two addresses and two ports (RFC 5780 section 3). Sockets bound to every address
+//! offer a second one if the machine has two public IPv4 addresses; a private one could be meaningless to whoever asks.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use nix::ifaddrs::getifaddrs;
 use nix::libc;
 use nix::sys::socket::{
     ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt, sockopt,
@@ -31,6 +35,8 @@ const SOURCES: usize = 16_384;
 #[derive(Debug)]
 pub(super) struct StunSockets {
     sockets: Vec<StunSocket>,
+    /// The machine's public IPv4 addresses, in order.
+    public: Vec<Ipv4Addr>,
     limiter: Mutex<SourceLimiter>,
 }
 
@@ -48,7 +54,8 @@ impl StunSockets {
     /// `stun-listen`.
     pub(super) fn bind(addresses: &[SocketAddr]) -> Result<Arc<Self>, Problem> {
         let sockets = addresses.iter().map(|a| bind(*a).map_err(|e| refused(*a, &e))).collect::<Result<_, _>>()?;
-        Ok(Arc::new(Self { sockets, limiter: Mutex::new(SourceLimiter::new(RATE, Grain::SITE, SOURCES)) }))
+        let limiter = Mutex::new(SourceLimiter::new(RATE, Grain::SITE, SOURCES));
+        Ok(Arc::new(Self { sockets, public: public_addresses(), limiter }))
     }
 
     /// The addresses the sockets are bound to.
@@ -74,15 +81,31 @@ impl StunSockets {
         }
     }
 
+    /// The addresses by which somebody who reached one of our sockets at `local` reaches all of them.
+    fn endpoints(&self, local: IpAddr) -> Vec<SocketAddr> {
+        let second = match local {
+            IpAddr::V4(first) if self.public.contains(&first) => self.public.iter().find(|ip| **ip != first),
+            IpAddr::V4(_) | IpAddr::V6(_) => None,
+        };
+        let of = |socket: &StunSocket| {
+            let ips = match socket.bound.ip() {
+                ip if ip.is_unspecified() => [Some(local), second.copied().map(IpAddr::V4)],
+                ip => [Some(ip), None],
+            };
+            ips.into_iter().flatten().map(|ip| SocketAddr::new(ip, socket.bound.port())).collect::<Vec<_>>()
+        };
+        self.sockets.iter().flat_map(of).collect()
+    }
+
     fn answer(&self, socket: &StunSocket, request: &[u8], source: SocketAddr, local: IpAddr) {
         let received_on = SocketAddr::new(local, socket.bound.port());
         if !self.limiter.lock().allow(source.ip(), clock::now()) {
             tracing::trace!("STUN request over the rate of its site");
             return;
         }
-        let endpoints = self.sockets.iter().map(|s| s.endpoint(local)).collect();
-        let Some(answer) = stun::answer(request, source, received_on, &ServerLayout { endpoints }) else { return };
-        let Some(from) = self.sockets.iter().find(|s| s.endpoint(local) == answer.send_from) else { return };
+        let layout = ServerLayout { endpoints: self.endpoints(local) };
+        let Some(answer) = stun::answer(request, source, received_on, &layout) else { return };
+        let Some(from) = self.sockets.iter().find(|s| s.has(answer.send_from)) else { return };
         // A full buffer loses an answer, as the network might have.
         if let Err(e) = from.send(&answer.bytes, source, answer.send_from.ip()) {
             tracing::trace!(error = %e, "STUN answer not sent");
@@ -91,9 +114,10 @@ impl StunSockets {
 }
 
 impl StunSocket {
-    /// The address clients reach this socket by, if they reached one of ours at `local`.
-    fn endpoint(&self, local: IpAddr) -> SocketAddr {
-        if self.bound.ip().is_unspecified() { SocketAddr::new(local, self.bound.port()) } else { self.bound }
+    /// The socket can send from this address.
+    fn has(&self, endpoint: SocketAddr) -> bool {
+        let ip = self.bound.ip();
+        self.bound.port() == endpoint.port() && (ip.is_unspecified() || ip == endpoint.ip())
     }
 
     /// The next datagram: its length, who sent it, and to which of our addresses.
@@ -159,10 +183,28 @@ fn local_address(message: &ControlMessageOwned) -> Option<IpAddr> {
     }
 }
 
+fn public_addresses() -> Vec<Ipv4Addr> {
+    let mut addresses: Vec<Ipv4Addr> = getifaddrs()
+        .into_iter()
+        .flatten()
+        .filter_map(|interface| Some(interface.address?.as_sockaddr_in()?.ip()))
+        .filter(|ip| is_public(*ip))
+        .collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    addresses
+}
+
+/// Not one of the ranges that mean something else elsewhere: RFC 1918, RFC 6598, loopback, link-local.
+const fn is_public(ip: Ipv4Addr) -> bool {
+    let shared = ip.octets()[0] == 100 && ip.octets()[1] & 0xc0 == 64;
+    !(ip.is_private() || shared || ip.is_loopback() || ip.is_link_local() || ip.is_unspecified())
+}
+
 fn bind(address: SocketAddr) -> io::Result<StunSocket> {
     match bind_exactly(address) {
         Err(e) if is_missing_family(&e) && address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) => {
-            bind_exactly(SocketAddr::new(std::net::Ipv4Addr::UNSPECIFIED.into(), address.port()))
+            bind_exactly(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port()))
         }
         result => result,
     }
@@ -244,6 +286,26 @@ mod tests {
             let (from, _, _) = ask(asked, Change { ip: false, port: true }).await;
             assert_eq!(from, SocketAddr::new(asked.ip(), at[1].port()), "{wildcard}");
         }
+    }
+
+    #[tokio::test]
+    async fn wildcard_sockets_offer_a_second_public_address_and_no_private_one() {
+        let wildcard: SocketAddr = "0.0.0.0:0".parse().unwrap();
+        let mut sockets = Arc::into_inner(StunSockets::bind(&[wildcard]).unwrap()).unwrap();
+        sockets.public = vec!["192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap()];
+        let port = sockets.addresses()[0].port();
+        let ips = |local: &str| -> Vec<String> {
+            let endpoints = sockets.endpoints(local.parse().unwrap());
+            assert!(endpoints.iter().all(|e| e.port() == port));
+            endpoints.iter().map(|e| e.ip().to_string()).collect()
+        };
+        assert_eq!(ips("192.0.2.1"), ["192.0.2.1", "192.0.2.2"]);
+        assert_eq!(ips("192.0.2.2"), ["192.0.2.2", "192.0.2.1"]);
+        assert_eq!(ips("10.0.0.1"), ["10.0.0.1"]);
+        for private in ["10.1.2.3", "192.168.1.1", "100.64.0.1", "100.127.0.1", "127.0.0.1", "169.254.1.1"] {
+            assert!(!is_public(private.parse().unwrap()), "{private}");
+        }
+        assert!(is_public("100.128.0.1".parse().unwrap()) && is_public("203.0.113.1".parse().unwrap()));
     }
 
     #[tokio::test]
