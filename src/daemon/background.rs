@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
@@ -161,6 +162,7 @@ fn start(options: &Options, log: File) -> Result<Child, Problem> {
     let cannot = |e: io::Error| problem("daemon", format!("the daemon could not be started: {e}"), "");
     let mut command = Command::new("/proc/self/exe");
     command
+        .arg0("meshd")
         .args(["up", "--foreground", "--state-dir"])
         .arg(&options.state_dir)
         .arg("--socket")

@@ -122,7 +122,7 @@ fn broken(e: &io::Error) -> Problem {
             "the daemon did not answer in time",
             "try again; if it stays so, look at its log and restart it",
         ),
-        io::ErrorKind::UnexpectedEof => problem(
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => problem(
             "stopped",
             "the daemon ended before it had answered",
             "`meshd status` shows whether it runs; its log says why it ended",

@@ -99,8 +99,13 @@ impl Keeper {
                 }
                 Err(e) => Problem::from(e),
             };
-            tracing::info!(code = why.code, "no connection to the coordinator: {}", why.text);
-            self.problem.send_replace(Some(why.clone()));
+            // Said once; the repetitions are for whoever looks closer.
+            let before = self.problem.send_replace(Some(why.clone()));
+            if before.is_none_or(|before| before.code != why.code) {
+                tracing::info!(code = why.code, "no connection to the coordinator: {}", why.text);
+            } else {
+                tracing::debug!(code = why.code, "still no connection to the coordinator: {}", why.text);
+            }
             if self.planner.send(Input::ControlDown { problem: Some(why) }).await.is_err() {
                 return;
             }

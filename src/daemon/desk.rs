@@ -9,12 +9,17 @@ use crate::daemon::links::{CONNECT_TIMEOUT, broken};
 use crate::daemon::problem;
 use crate::link::{ConnectError, ControlReceiver, ControlSender, LinkError, Target, close, connect_control};
 use crate::trust::keys::Secret32;
+use crate::trust::record::SignedRecord;
 use crate::wire::control::{ToCoordinator, ToNode};
-use crate::wire::keys::ControlKey;
+use crate::wire::keys::{ControlKey, Digest32};
 use crate::wire::local::Problem;
+use crate::wire::version;
 
 /// How long the coordinator may take over one answer.
 const ANSWER: Duration = Duration::from_secs(10);
+
+/// How long the whole log of a large network may take.
+const WHOLE_LOG: Duration = Duration::from_secs(60);
 
 /// Connects by [`crate::link`].
 #[derive(Debug, Clone, Copy, Default)]
@@ -55,25 +60,60 @@ impl Desk for LinkDesk {
         let exchange = async {
             self.sender.send(&request).await?;
             loop {
-                match self.receiver.recv::<ToNode>().await? {
-                    Some(message) if answered(&message) == Some(wanted) => return Ok(message),
-                    // Not for us: a newer coordinator may say things unasked.
-                    Some(_) => {}
-                    None => return Err(LinkError::Closed { code: close::NORMAL, reason: "without an answer".into() }),
+                let message = self.next().await?;
+                // Anything else is not for us: a newer coordinator may say things unasked.
+                if answered(&message) == Some(wanted) {
+                    return Ok(message);
                 }
             }
         };
-        match timeout(ANSWER, exchange).await {
-            Ok(answer) => answer.map_err(|e| Problem {
-                hint: "run the same command again: a join is never half done".into(),
-                ..broken(&e)
-            }),
-            Err(_) => Err(problem(
-                "coordinator-timeout",
-                format!("the coordinator did not answer within {} s", ANSWER.as_secs()),
-                "run the same command again: a join is never half done; look at the coordinator's log if it stays so",
-            )),
-        }
+        in_time(ANSWER, exchange).await
+    }
+
+    async fn log(&mut self) -> Result<Vec<SignedRecord>, Problem> {
+        let hello =
+            ToCoordinator::Hello { re: 3, version: version::PROGRAM.to_owned(), have: 0, head: Digest32::default() };
+        let reading = async {
+            self.sender.send(&hello).await?;
+            let mut log = Vec::new();
+            loop {
+                match self.next().await? {
+                    ToNode::Log { from, records, end, .. } => {
+                        if from != log.len() as u64 {
+                            return Err(LinkError::Protocol("its log has a gap".into()));
+                        }
+                        log.extend(records);
+                        if end {
+                            return Ok(log);
+                        }
+                    }
+                    ToNode::Refused { re: 3, text, .. } => return Err(LinkError::Protocol(text)),
+                    _ => {}
+                }
+            }
+        };
+        in_time(WHOLE_LOG, reading).await
+    }
+}
+
+impl LinkDesk {
+    async fn next(&mut self) -> Result<ToNode, LinkError> {
+        let gone = || LinkError::Closed { code: close::NORMAL, reason: "without an answer".into() };
+        self.receiver.recv().await?.ok_or_else(gone)
+    }
+}
+
+async fn in_time<T>(patience: Duration, exchange: impl Future<Output = Result<T, LinkError>>) -> Result<T, Problem> {
+    match timeout(patience, exchange).await {
+        Ok(answer) => answer.map_err(|e| Problem {
+            hint: "run the same command again: a join is never half done".into(),
+            ..broken(&e)
+        }),
+        Err(_) => Err(problem(
+            "coordinator-timeout",
+            format!("the coordinator did not answer within {} s", patience.as_secs()),
+            "run the same command again: a join is never half done; look at the coordinator's log if it stays so",
+        )),
     }
 }
 

@@ -5,12 +5,15 @@
 //! token ─► checked here (whole? expired? another network?) ─► coordinator reached, its key proven
 //!   claim:   root key and four records made ─► join.json ─► Found  ─► Joined ─► records.jsonl, network.json
 //!   invite:  Propose ─► chain verified from the token's network id ─► range free on this machine?
-//!            ─► Member signed ─► join.json ─► Redeem ─► Joined ─► records.jsonl, network.json
+//!            ─► Member signed ─► join.json ─► Redeem ─► Joined ─► whole log ─► records.jsonl, network.json
 //! ```
 //!
 //! Nothing is asked of the coordinator that changes it before everything that could fail here was checked. `join.json`
 //! holds the request as sent, so that a node that was killed or lost the answer asks again with the same keys, and the
 //! coordinator answers the same again.
+//!
+//! A new member starts from the coordinator's whole log, verified in the log's own order: judged after its own record, an
+//! older member that once had its address or name would look like an intruder.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
@@ -39,6 +42,8 @@ const PROPOSALS: u32 = 6;
 const RANGES: u32 = 64;
 /// How often a request is sent whose answer was lost.
 const SENDS: u32 = 3;
+/// The code of what a sound coordinator does not do.
+const UNTRUSTED: &str = "untrusted-coordinator";
 /// Pause before asking again.
 const PAUSE: Duration = Duration::from_millis(400);
 
@@ -46,6 +51,8 @@ const PAUSE: Duration = Duration::from_millis(400);
 pub(super) trait Desk {
     /// Sends a request and waits for the answer to it.
     async fn ask(&mut self, request: ToCoordinator) -> Result<ToNode, Problem>;
+    /// As a member: the coordinator's whole log, in order. Not verified.
+    async fn log(&mut self) -> Result<Vec<SignedRecord>, Problem>;
 }
 
 /// Finds a coordinator and proves its key.
@@ -205,12 +212,12 @@ async fn finish_pending<D: Desks>(
         return Ok(None);
     }
     match send(&pending, &keys, desks).await? {
-        Ok(()) => {
+        Ok(records) => {
             let mut notes = Vec::new();
             if another.is_some() {
                 notes.push("an earlier join was finished instead; the token was not used".into());
             }
-            settle(store, keys, pending, notes).map(Some)
+            settle(store, keys, pending, records, notes).map(Some)
         }
         Err(refused) => {
             forget(store, &pending.request);
@@ -252,13 +259,13 @@ async fn found<D: Desks>(
         coordinator: claim.coordinator,
         token: claim_mark(claim),
     };
-    let request = ToCoordinator::Found { re: 1, claim: Digest32(*claim.secret.expose()), records: records.clone() };
+    let request = ToCoordinator::Found { re: 1, claim: Digest32(*claim.secret.expose()), records };
     // Reached first, so that an unknown or wrong coordinator leaves no trace.
     let desk = desks.connect(&claim.urls, claim.coordinator, &keys.control).await?;
     let keys = store.keep_keys(keys)?;
     store.keep_root(root)?;
-    let pending = PendingJoin { v: 1, network, request, records };
-    commit(store, keys, pending, desk, desks).await?.map_err(|refused| claim_refused(refused))
+    let pending = PendingJoin { v: 1, network, request };
+    commit(store, keys, pending, desk, desks).await?.map_err(claim_refused)
 }
 
 async fn redeem<D: Desks>(
@@ -286,7 +293,7 @@ async fn redeem<D: Desks>(
         let ToNode::Proposal { records, ipv4, name: proposed, .. } = answer(desk.ask(ask).await?)? else {
             return Err(nonsense("an answer that does not fit the question"));
         };
-        let (records, request) = accept_proposal(wish, token, &keys, records, ipv4, name, &proposed, exact)?;
+        let request = accept_proposal(wish, token, &keys, &records, ipv4, name, &proposed, exact)?;
         let network = Network {
             v: 1,
             network: token.network,
@@ -295,7 +302,7 @@ async fn redeem<D: Desks>(
             token: invite_mark(token),
         };
         keys = store.keep_keys(keys)?;
-        match commit(store, keys, PendingJoin { v: 1, network, request, records }, desk, desks).await? {
+        match commit(store, keys, PendingJoin { v: 1, network, request }, desk, desks).await? {
             Ok(member) => return Ok(member),
             Err(refused) if is_retryable(&refused, !exact) => last = Some(refused),
             Err(refused) => return Err(refused),
@@ -305,30 +312,20 @@ async fn redeem<D: Desks>(
     Err(last.unwrap_or_else(|| nonsense("no usable proposal")))
 }
 
-/// Verifies what the coordinator proposes and signs it. Returns the records the node will start with, and the request.
+/// Verifies what the coordinator proposes and signs it.
 fn accept_proposal(
     wish: &Wish<'_>,
     token: &InviteToken,
     keys: &NodeKeys,
-    mut records: Vec<SignedRecord>,
+    records: &[SignedRecord],
     ipv4: Ipv4Addr,
     wanted: &str,
     proposed: &str,
     exact: bool,
-) -> Result<(Vec<SignedRecord>, ToCoordinator), Problem> {
-    let untrusted = |what: String| {
-        problem(
-            "untrusted-coordinator",
-            format!("the coordinator's answer does not fit the token: {what}"),
-            "tell whoever runs the network; nothing was joined",
-        )
-    };
+) -> Result<ToCoordinator, Problem> {
     let mut ledger = Ledger::new(token.network);
-    ledger.admit_all(&records, Judge::Reader).map_err(|(n, why)| untrusted(format!("record {}: {why}", n + 1)))?;
+    ledger.admit_all(records, Judge::Reader).map_err(|(n, why)| untrusted(format!("record {}: {why}", n + 1)))?;
     ledger.admit(&token.invite, Judge::Reader).map_err(|why| untrusted(format!("the invite: {why}")))?;
-    if !records.contains(&token.invite) {
-        records.push(token.invite.clone());
-    }
     let numbered = proposed.strip_prefix(wanted).and_then(|rest| rest.strip_prefix('-')).is_some_and(is_number)
         || proposed.rsplit_once('-').is_some_and(|(base, n)| wanted.starts_with(base) && is_number(n));
     if proposed != wanted && (exact || !numbered) {
@@ -342,8 +339,7 @@ fn accept_proposal(
     let ipv6 = member_ipv6(genesis.ipv6, &keys.identity_key());
     let member = founding::member_record(keys, &token.secret, token.network, proposed, ipv4, ipv6, wish.wall);
     ledger.admit(&member, Judge::Reader).map_err(|why| untrusted(why.to_string()))?;
-    records.push(member.clone());
-    Ok((records, ToCoordinator::Redeem { re: 2, invite: token.invite.clone(), member }))
+    Ok(ToCoordinator::Redeem { re: 2, invite: token.invite.clone(), member })
 }
 
 /// Writes the join down, sends it, and settles it. The inner error is the coordinator's refusal: the join is forgotten.
@@ -355,17 +351,14 @@ async fn commit<D: Desks>(
     desks: &D,
 ) -> Result<Result<Membership, Problem>, Problem> {
     store.keep_pending(&pending)?;
-    let sent = match desk.ask(pending.request.clone()).await {
-        Ok(ToNode::Joined { .. }) => Ok(()),
-        Ok(other) => match answer(other) {
-            Ok(_) => return Err(nonsense("an answer that does not fit the question")),
-            Err(refused) => Err(refused),
-        },
+    let sent = match hand_in(&mut desk, &pending, &keys).await {
+        Ok(answered) => answered,
         // The answer was lost; asking again is harmless.
-        Err(_) => send(&pending, &keys, desks).await?,
+        Err(e) if e.code != UNTRUSTED => send(&pending, &keys, desks).await?,
+        Err(e) => return Err(e),
     };
     match sent {
-        Ok(()) => settle(store, keys, pending, Vec::new()).map(Ok),
+        Ok(records) => settle(store, keys, pending, records, Vec::new()).map(Ok),
         Err(refused) => {
             if is_final(&refused) {
                 forget(store, &pending.request);
@@ -376,33 +369,65 @@ async fn commit<D: Desks>(
 }
 
 /// Sends a pending join until it is answered. The inner error is a refusal.
-async fn send<D: Desks>(pending: &PendingJoin, keys: &NodeKeys, desks: &D) -> Result<Result<(), Problem>, Problem> {
+async fn send<D: Desks>(
+    pending: &PendingJoin,
+    keys: &NodeKeys,
+    desks: &D,
+) -> Result<Result<Vec<SignedRecord>, Problem>, Problem> {
     let mut last = None;
     for n in 0..SENDS {
         if n > 0 {
             tokio::time::sleep(PAUSE).await;
         }
         let asked = match desks.connect(&pending.network.urls, pending.network.coordinator, &keys.control).await {
-            Ok(mut desk) => desk.ask(pending.request.clone()).await,
+            Ok(mut desk) => hand_in(&mut desk, pending, keys).await,
             Err(e) => Err(e),
         };
         match asked {
-            Ok(ToNode::Joined { .. }) => return Ok(Ok(())),
-            Ok(other) => {
-                return match answer(other) {
-                    Ok(_) => Err(nonsense("an answer that does not fit the question")),
-                    Err(refused) if is_final(&refused) => Ok(Err(refused)),
-                    Err(refused) => Err(refused),
-                };
-            }
+            Ok(Err(refused)) if !is_final(&refused) => return Err(refused),
+            Ok(answered) => return Ok(answered),
+            Err(e) if e.code == UNTRUSTED => return Err(e),
             Err(e) => last = Some(e),
         }
     }
     Err(last.unwrap_or_else(|| nonsense("nothing")))
 }
 
-fn settle(store: &Store, keys: NodeKeys, pending: PendingJoin, notes: Vec<String>) -> Result<Membership, Problem> {
-    let PendingJoin { network, records, .. } = pending;
+/// Sends a pending join once. Returns the records the new member starts with; the inner error is a refusal.
+async fn hand_in(
+    desk: &mut impl Desk,
+    pending: &PendingJoin,
+    keys: &NodeKeys,
+) -> Result<Result<Vec<SignedRecord>, Problem>, Problem> {
+    match desk.ask(pending.request.clone()).await? {
+        ToNode::Joined { .. } => {}
+        other => {
+            return match answer(other) {
+                Ok(_) => Err(nonsense("an answer that does not fit the question")),
+                Err(refused) => Ok(Err(refused)),
+            };
+        }
+    }
+    let records = match &pending.request {
+        // The founder's own four records are the beginning of the log.
+        ToCoordinator::Found { records, .. } => records.clone(),
+        _ => desk.log().await?,
+    };
+    let ledger = ledger_of(pending.network.network, &records);
+    if ledger.member_ever(&keys.identity_key()).is_none() {
+        return Err(untrusted("it says that this node joined, but its log does not".into()));
+    }
+    Ok(Ok(ledger.log().to_vec()))
+}
+
+fn settle(
+    store: &Store,
+    keys: NodeKeys,
+    pending: PendingJoin,
+    records: Vec<SignedRecord>,
+    notes: Vec<String>,
+) -> Result<Membership, Problem> {
+    let network = pending.network;
     store.joined(&network, &records)?;
     Ok(Membership { keys, network, records, notes })
 }
@@ -506,9 +531,17 @@ fn expired(ago: u64) -> Problem {
     )
 }
 
+fn untrusted(what: String) -> Problem {
+    problem(
+        UNTRUSTED,
+        format!("the coordinator's answer does not fit the token: {what}"),
+        "tell whoever runs the network; nothing was joined",
+    )
+}
+
 fn nonsense(what: &str) -> Problem {
     problem(
-        "untrusted-coordinator",
+        UNTRUSTED,
         format!("the coordinator gave {what}"),
         "upgrade meshd here and on the coordinator's machine; nothing was joined",
     )

@@ -32,6 +32,7 @@ struct World {
     requests: Vec<ToCoordinator>,
     unreachable: bool,
     lie: Option<fn(&mut ToNode)>,
+    shown_log: Option<Vec<SignedRecord>>,
 }
 
 #[derive(Clone, Default)]
@@ -73,6 +74,11 @@ impl Desk for Office {
             lie(&mut answer);
         }
         Ok(answer)
+    }
+
+    async fn log(&mut self) -> Result<Vec<SignedRecord>, Problem> {
+        let world = self.0.borrow();
+        Ok(world.shown_log.clone().unwrap_or_else(|| world.ledger.as_ref().unwrap().log().to_vec()))
     }
 }
 
@@ -413,4 +419,28 @@ fn another_token_of_the_same_coordinator_finishes_the_pending_join_first() {
     let member = node.up(Some(&open_invite(&first))).unwrap();
     assert!(member.notes[0].contains("earlier join"));
     assert_eq!(office.0.borrow().ledger.as_ref().unwrap().members().count(), 2);
+}
+
+#[test]
+fn a_new_member_judges_the_log_in_its_order_so_that_old_addresses_and_names_are_no_clash() {
+    let (office, _founder, first) = founded();
+    let old = Node::new(&office).up_named(Some(&open_invite(&first)), Some("nas")).unwrap();
+    let signer = first.keys.identity.signing_key();
+    let target = crate::trust::record::RevokeTarget::Identity(old.keys.identity_key());
+    let revoke = founding::revoke_record(&signer, first.network.network, target, WALL);
+    office.0.borrow_mut().ledger.as_mut().unwrap().admit(&revoke, Judge::Coordinator(WALL)).unwrap();
+    let new = Node::new(&office).up_named(Some(&open_invite(&first)), Some("nas")).unwrap();
+    assert_eq!(own_addresses(&old).unwrap().0[0], own_addresses(&new).unwrap().0[0], "the address is used again");
+    assert_eq!(new.records, office.0.borrow().ledger.as_ref().unwrap().log());
+}
+
+#[test]
+fn a_coordinator_whose_log_lacks_the_new_member_is_found_out() {
+    let (office, _founder, first) = founded();
+    office.0.borrow_mut().shown_log = Some(first.records.clone());
+    let node = Node::new(&office);
+    assert_eq!(node.up(Some(&open_invite(&first))).unwrap_err().code, UNTRUSTED);
+    // It may come to its senses.
+    office.0.borrow_mut().shown_log = None;
+    assert!(node.up(None).is_ok());
 }

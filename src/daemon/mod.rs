@@ -43,6 +43,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 pub use crate::daemon::background::spawn_background;
+use crate::os::process;
 use crate::wire::local::{Problem, Status};
 
 /// Helpers for name resolution and disk writes end when idle for so long.
@@ -131,6 +132,7 @@ pub(crate) fn problem(code: &str, text: impl Into<String>, hint: impl Into<Strin
 pub fn run(options: Options) -> Result<(), Problem> {
     end_on_panic();
     log_to_stderr();
+    process::name_main_thread();
     // Whatever is made from here on is private.
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
     let (mut reporter, options) = background::Reporter::take_over(options)?;

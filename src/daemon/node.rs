@@ -426,16 +426,12 @@ async fn write_records(log: crate::daemon::store::RecordLog, to_store: Arc<ToSto
             continue;
         }
         let log = log.clone();
-        let (batch, written) = match tokio::task::spawn_blocking(move || {
+        let writing = tokio::task::spawn_blocking(move || {
             let written = log.append(&batch);
             (batch, written)
-        })
-        .await
-        {
-            Ok(done) => done,
-            // The runtime is shutting down.
-            Err(_) => return,
-        };
+        });
+        // An error means that the runtime is shutting down.
+        let Ok((batch, written)) = writing.await else { return };
         match written {
             Ok(()) => health.clear("records-write"),
             Err(e) => {

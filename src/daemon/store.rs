@@ -75,8 +75,6 @@ pub struct PendingJoin {
     pub network: Network,
     /// The request as it was, or will be, sent: `Found` or `Redeem`.
     pub request: ToCoordinator,
-    /// The records this node starts with once it is a member.
-    pub records: Vec<SignedRecord>,
 }
 
 /// `state.json`: conveniences. Losing them costs a new UDP port and slower first contacts, nothing else.

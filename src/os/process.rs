@@ -19,6 +19,12 @@ pub fn in_new_session(command: &mut Command) -> &mut Command {
     }
 }
 
+/// Names the first thread, and with it the process, `meshd`, also when it was started as `/proc/self/exe`.
+pub fn name_main_thread() {
+    // Only a name that is no C string could fail.
+    let _ = nix::sys::prctl::set_name(c"meshd");
+}
+
 /// This process's effective user.
 #[must_use]
 pub fn effective_uid() -> u32 {
