@@ -7,7 +7,7 @@ use nix::ifaddrs::getifaddrs;
 use serde::Serialize;
 use url::{Host, Url};
 
-use crate::link::{self, Endpoint};
+use crate::link::{self, ConnectError, Endpoint};
 use crate::server::state_dir::{Secrets, StateDir};
 use crate::server::{judge, open_state, store, store_path};
 use crate::trust::keys::Secret32;
@@ -43,7 +43,10 @@ impl PublicUrl {
             hint: "give the URL under which other machines reach this one, like --public-url https://mesh.example.org"
                 .into(),
         };
-        let endpoint = Endpoint::parse(&url).map_err(|e| bad(&e.to_string()))?;
+        let endpoint = Endpoint::parse(&url).map_err(|e| match e {
+            ConnectError::BadUrl { why, .. } => bad(&why),
+            other => bad(&other.to_string()),
+        })?;
         let parsed = Url::parse(&url).map_err(|e| bad(&e.to_string()))?;
         if parsed.query().is_some() || parsed.fragment().is_some() || !parsed.username().is_empty() {
             return Err(bad("only scheme, host, port and path may be in it"));
