@@ -20,13 +20,15 @@ use crate::wire::version;
 /// Options of `meshd coordinator`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The claim token goes to standard output, everything else to standard error. Nodes recognise the coordinator by a key in
-its state directory, which their tokens carry: back it up, and any certificate will do.
+The claim token goes to standard output, everything else to standard error. Nodes know the
+coordinator by a key in its state directory, which their tokens carry: back it up, and any
+certificate will do.
 
 Examples:
   meshd coordinator --public-url https://mesh.example.org
-  meshd coordinator --tls off --listen 127.0.0.1:8080 --public-url https://mesh.example.org     behind a proxy
-  meshd coordinator claim                                                         the claim token once more
+  meshd coordinator claim                      the claim token once more
+  meshd coordinator --tls off --listen 127.0.0.1:8080 --public-url https://mesh.example.org
+                                               behind a proxy that passes WebSockets
 
 MESHD_LOG=debug shows more.")]
 pub struct Args {
