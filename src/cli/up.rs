@@ -90,6 +90,9 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
         network_name: args.network_name.clone(),
         ipv4_range: args.ipv4_range,
     };
+    if args.foreground {
+        return Ok(daemon::run(options)?);
+    }
     let report = daemon::spawn_background(&options, args.timeout)?;
     show(report, global)
 }

@@ -116,9 +116,9 @@ fn first_icmp() -> Result<()> {
 
 fn first_meshd_ping() -> Result<()> {
     let lab = net::home_nat()?;
-    let nodes = lab.join()?;
+    let nodes = lab.world.join(&[("laptop", &namespace(&lab, "a")), ("printer", &namespace(&lab, "b"))])?;
     let start = Instant::now();
-    let (code, pongs) = nodes[0].ping("b", &["-c", "1"])?;
+    let (code, pongs) = nodes[0].ping("printer", &["-c", "1"])?;
     let took = start.elapsed();
     let pong = pongs.first().context("no answer was printed")?;
     ensure(code == 0 && pong.answered, || format!("exit code {code}, {pong:?}"))?;
@@ -126,13 +126,13 @@ fn first_meshd_ping() -> Result<()> {
     let limit = RELAY_RTT * 3 + Duration::from_millis(50);
     let rtt = pong.rtt_ms.unwrap_or(f64::INFINITY);
     ensure(rtt <= limit.as_secs_f64() * 1000.0, || format!("it took {rtt} ms, {took:?} with the command's start"))?;
-    let human = nodes[0].run(&["ping", "-c", "1", "b"])?;
-    ensure(human.starts_with("pong from b (100."), || format!("the line reads {human}"))?;
+    let human = nodes[0].run(&["ping", "-c", "1", "printer"])?;
+    ensure(human.starts_with("pong from printer (100."), || format!("the line reads {human}"))?;
     let by_address = nodes[0].address(true)?.to_string();
     nodes[1].run(&["ping", "-c", "1", &by_address])?;
-    let unknown = nodes[0].output(&["ping", "-c", "1", "bb"])?;
+    let unknown = nodes[0].output(&["ping", "-c", "1", "pritner"])?;
     let said = String::from_utf8_lossy(&unknown.stderr).into_owned();
-    ensure(unknown.status.code() == Some(2) && said.contains("did you mean"), || format!("an unknown peer: {said}"))
+    ensure(unknown.status.code() == Some(2) && said.contains("printer"), || format!("an unknown peer: {said}"))
 }
 
 pub(super) fn namespace(lab: &net::Topology, name: &str) -> meshd::cli::demo::net::Namespace {
