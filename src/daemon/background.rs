@@ -50,6 +50,14 @@ enum Line {
 /// Whatever stopped the daemon from coming up. It is then not running, except where the problem is `already-running`.
 pub fn spawn_background(options: &Options, timeout: Duration) -> Result<UpReport, Problem> {
     let deadline = clock::now() + timeout;
+    // A daemon that started another daemon would do so without end.
+    if std::env::var_os(CHILD).is_some() {
+        return Err(problem(
+            "daemon",
+            "this process is itself a daemon that is starting".to_owned(),
+            "unset the variable it was started with",
+        ));
+    }
     let options = absolute(options)?;
     let token = options.token.as_ref().map(|t| decode(t.text())).transpose()?;
     if let Some(status) = running(&options)? {
