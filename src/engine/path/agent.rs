@@ -145,6 +145,8 @@ struct Remote {
     proven: Option<Now>,
     last_full: Option<Now>,
     full_tries: u8,
+    /// A triggered check that had to wait.
+    check: Option<Now>,
 }
 
 #[derive(Debug)]
@@ -248,7 +250,8 @@ impl PathAgent {
                 }
             }
         });
-        [stage, confirm, watch].into_iter().flatten().min()
+        let check = self.remotes.iter().filter_map(|r| r.check).min();
+        [stage, confirm, check, watch].into_iter().flatten().min()
     }
 
     // ---- what happens --------------------------------------------------------------------------------------------
@@ -395,10 +398,22 @@ impl PathAgent {
         }
         self.learn(from, near);
         let Some(remote) = self.remote_mut(from) else { return };
-        let pinged_lately = remote.last_sent.is_some_and(|at| cx.now.since(at) < TRIGGERED_GAP);
+        let pinged_lately = remote.last_sent.filter(|at| cx.now.since(*at) < TRIGGERED_GAP);
         let known_good = remote.proven.is_some_and(|at| cx.now.since(at) < KEEPALIVE);
-        if !pinged_lately && !known_good {
-            self.probe(from, false, cx);
+        match pinged_lately {
+            _ if known_good => {}
+            // That one may have come too early for the peer to know us.
+            Some(at) if remote.last_pong.is_none() => remote.check = Some(at + TRIGGERED_GAP),
+            Some(_) => {}
+            None => self.probe(from, false, cx),
+        }
+    }
+
+    /// Somebody waits for an answer on the path in use: if none comes, it is in doubt.
+    pub(crate) fn question<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        if let Some(current) = self.current.filter(|c| c.doubt.is_none()) {
+            self.doubt(false, false, cx.now);
+            self.probe(current.addr, false, cx);
         }
     }
 
@@ -458,6 +473,11 @@ impl PathAgent {
             .collect();
         for addr in unconfirmed {
             self.confirm(addr, cx);
+        }
+        let due = |r: &&mut Remote| r.check.is_some_and(|at| at <= now);
+        let checks: Vec<SocketAddr> = self.remotes.iter_mut().filter(due).map(|r| r.addr).collect();
+        for addr in checks {
+            self.probe(addr, false, cx);
         }
         match self.stage {
             Stage::Idle => {
@@ -662,6 +682,7 @@ impl PathAgent {
         self.in_flight.push_back(InFlight { txid, to, sent: cx.now, full_size });
         if let Some(remote) = self.remote_mut(to) {
             remote.last_sent = Some(cx.now);
+            remote.check = None;
             if full_size {
                 remote.last_full = Some(cx.now);
                 remote.full_tries = remote.full_tries.saturating_add(1);
@@ -698,6 +719,7 @@ impl PathAgent {
             proven: None,
             last_full: None,
             full_tries: 0,
+            check: None,
         });
         true
     }

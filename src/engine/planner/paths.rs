@@ -108,7 +108,7 @@ impl Planner {
         };
         // Doubt about a path is not a change of path.
         let is_change = endpoint(&talk.path) != endpoint(&path);
-        talk.path = path;
+        let was = std::mem::replace(&mut talk.path, path);
         if is_change {
             talk.path_since = now;
         }
@@ -120,7 +120,11 @@ impl Planner {
             None if is_change => self.reflexive.distrust(),
             None => {}
         }
+        let left_direct = matches!(was, Path::Direct { .. }) && !matches!(path, Path::Direct { .. });
         self.update(Update::Path { peer: id, path });
+        if left_direct {
+            self.ping_again(id);
+        }
         if is_change {
             let kind = if endpoint(&path).is_some() { "direct" } else { "relay" };
             tracing::info!(peer = id.0, path = kind, "path changed");

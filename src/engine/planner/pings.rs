@@ -55,6 +55,19 @@ impl Planner {
         }
         self.pings.pending.insert(token, pending);
         self.timers.set(Why::Ping(token), Some(self.now + Duration::from_millis(timeout_ms)));
+        // Pings are no data, but somebody waits for them all the same: a dead path must show.
+        self.with_agent(id, |agent, _, cx| agent.question(cx));
+    }
+
+    /// The path that unanswered pings took is in doubt or lost: they go by the relay as well.
+    pub(super) fn ping_again(&mut self, id: PeerId) {
+        let Some(peer) = self.peer(id) else { return };
+        let (Some(talk), via) = (peer.talk.as_deref(), Via::Relay { peer: peer.wg }) else { return };
+        let waiting = self.pings.pending.values().filter(|p| p.peer == id);
+        let requests: Vec<Vec<u8>> = waiting.map(|p| probe::encode_request(&talk.keys, &p.txids[1], None)).collect();
+        for request in requests {
+            self.send(via, request);
+        }
     }
 
     /// True: the answer to a ping.
