@@ -182,6 +182,7 @@ fn sealed_v1() {
         mapping: Some("endpoint-independent".to_owned()),
         filtering: Some("address-and-port-dependent".to_owned()),
         udp: Some(true),
+        ports: None,
     };
     let short = PeerMessage { v: 1, n: 2, kind: MessageKind::Go, ..PeerMessage::default() };
     let answer = PeerMessage { v: 1, n: 3, kind: MessageKind::Answer, udp: Some(false), ..PeerMessage::default() };

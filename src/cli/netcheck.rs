@@ -6,6 +6,7 @@ use crate::cli::error::CliError;
 use crate::cli::output::{BOLD, millis, paint};
 use crate::cli::{Global, client};
 use crate::wire::local::{Call, Netcheck, Response};
+use crate::wire::nat::PortModel;
 
 /// Options of `meshd netcheck`.
 #[derive(Debug, clap::Args)]
@@ -33,6 +34,12 @@ fn text(report: &Netcheck) -> String {
     row("seen as", if reflexive.is_empty() { "unknown".to_owned() } else { reflexive.join(", ") }.as_str());
     row("mapping", report.mapping.as_deref().unwrap_or("unknown"));
     row("filtering", report.filtering.as_deref().unwrap_or("unknown"));
+    let known = |yes: Option<bool>| yes.map_or("unknown", yes_no);
+    row("ports", &ports(report.port_model));
+    row("hairpin", known(report.hairpin));
+    if report.double_nat == Some(true) {
+        row("NATs", "two, one behind the other");
+    }
     row("port mapping", report.port_mapping.as_deref().unwrap_or("none"));
     row("coordinator", &time(report.coordinator_rtt_ms));
     row("relay", &time(report.relay_rtt_ms));
@@ -47,4 +54,16 @@ fn text(report: &Netcheck) -> String {
     text.push('\n');
     text.push_str(&report.meaning);
     text
+}
+
+fn ports(model: Option<PortModel>) -> String {
+    match model {
+        None | Some(PortModel::Unknown) => "unknown".to_owned(),
+        Some(PortModel::Preserving) => "kept where they are free".to_owned(),
+        Some(PortModel::Sequential { step, per_second }) => {
+            format!("one after the other (step {step}, {per_second} of others a second)")
+        }
+        Some(PortModel::Block { low, high }) => format!("from a block, about {low} to {high}"),
+        Some(PortModel::Random) => "at random".to_owned(),
+    }
 }

@@ -1,8 +1,12 @@
 //! Runs the engine's NAT check on sockets of its own, so that the node's mappings are not disturbed.
 
+use std::collections::BTreeMap;
+use std::future::poll_fn;
 use std::net::{IpAddr, SocketAddr};
+use std::task::Poll;
 use std::time::Duration;
 
+use tokio::io::ReadBuf;
 use tokio::net::UdpSocket;
 
 use crate::daemon::control_link::ControlHandle;
@@ -11,9 +15,6 @@ use crate::engine::netcheck::{LIMIT, Netcheck, SocketSlot};
 use crate::os::{clock, udp};
 use crate::wire::local;
 
-/// The sockets a check uses.
-const SLOTS: [SocketSlot; 4] =
-    [SocketSlot::MappingV4, SocketSlot::MappingV6, SocketSlot::FilteringV4, SocketSlot::FilteringV6];
 /// How long to wait for the links' round trips.
 const RTT_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -33,14 +34,15 @@ pub(super) async fn run(
 }
 
 async fn check(servers: Vec<SocketAddr>, local: Vec<IpAddr>) -> local::Netcheck {
-    // A family that is missing has no sockets, and its questions stay unanswered.
-    let sockets = SLOTS.map(|slot| udp::scratch(!slot.is_ipv4()).and_then(UdpSocket::from_std).ok());
+    let mut sockets = Sockets::default();
     let mut machine = Netcheck::new(servers, rand::random(), clock::now());
     machine.set_local_addresses(local);
     let deadline = clock::now() + LIMIT + Duration::from_millis(500);
+    let mut buffer = [0; 1500];
     loop {
         while let Some((slot, to, bytes)) = machine.poll_transmit() {
-            if let Some(Some(socket)) = SLOTS.iter().position(|s| *s == slot).map(|n| &sockets[n]) {
+            if let Some((socket, port)) = sockets.get(slot) {
+                machine.set_local_port(slot, port);
                 // An unreachable server is one that does not answer.
                 let _ = socket.send_to(&bytes, to).await;
             }
@@ -51,25 +53,45 @@ async fn check(servers: Vec<SocketAddr>, local: Vec<IpAddr>) -> local::Netcheck 
             machine.handle_timeout(now);
             continue;
         }
-        let [a, b, c, d] = &sockets;
-        let (mut ba, mut bb, mut bc, mut bd) = ([0; 1500], [0; 1500], [0; 1500], [0; 1500]);
-        let received = tokio::select! {
-            r = receive(a.as_ref(), &mut ba) => r.map(|(len, from)| (SLOTS[0], from, &ba[..len])),
-            r = receive(b.as_ref(), &mut bb) => r.map(|(len, from)| (SLOTS[1], from, &bb[..len])),
-            r = receive(c.as_ref(), &mut bc) => r.map(|(len, from)| (SLOTS[2], from, &bc[..len])),
-            r = receive(d.as_ref(), &mut bd) => r.map(|(len, from)| (SLOTS[3], from, &bd[..len])),
-            () = tokio::time::sleep(at.since(now)) => None,
-        };
-        if let Some((slot, from, bytes)) = received {
-            machine.handle_datagram(slot, from, bytes, clock::now());
+        tokio::select! {
+            (slot, from, len) = sockets.receive(&mut buffer) => {
+                machine.handle_datagram(slot, from, &buffer[..len], clock::now());
+            }
+            () = tokio::time::sleep(at.since(now)) => {}
         }
     }
 }
 
-/// `None`: an error that another host caused; the socket goes on.
-async fn receive(socket: Option<&UdpSocket>, buffer: &mut [u8]) -> Option<(usize, SocketAddr)> {
-    match socket {
-        Some(socket) => socket.recv_from(buffer).await.ok(),
-        None => std::future::pending().await,
+/// The sockets of a check, each opened when it is first needed.
+#[derive(Default)]
+struct Sockets(BTreeMap<SocketSlot, Option<(UdpSocket, u16)>>);
+
+impl Sockets {
+    /// The slot's socket and its port; `None`: it cannot be opened, so its questions stay unanswered.
+    fn get(&mut self, slot: SocketSlot) -> Option<(&UdpSocket, u16)> {
+        let open = || {
+            let socket = udp::scratch(!slot.is_ipv4()).and_then(UdpSocket::from_std).ok()?;
+            let port = socket.local_addr().ok()?.port();
+            Some((socket, port))
+        };
+        self.0.entry(slot).or_insert_with(open).as_ref().map(|(socket, port)| (socket, *port))
+    }
+
+    /// The next datagram on any of them.
+    async fn receive(&self, buffer: &mut [u8]) -> (SocketSlot, SocketAddr, usize) {
+        poll_fn(|cx| {
+            for (slot, socket) in &self.0 {
+                let Some((socket, _)) = socket else { continue };
+                let mut into = ReadBuf::new(buffer);
+                // An error is one that another host caused; the socket goes on.
+                while let Poll::Ready(received) = socket.poll_recv_from(cx, &mut into) {
+                    if let Ok(from) = received {
+                        return Poll::Ready((*slot, from, into.filled().len()));
+                    }
+                }
+            }
+            Poll::Pending
+        })
+        .await
     }
 }

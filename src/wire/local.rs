@@ -9,6 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::wire::nat::PortModel;
+
 /// The longest line either side reads, in bytes.
 pub const MAX_LINE: usize = 64 << 20;
 /// The longest request line, in bytes.
@@ -177,6 +179,9 @@ pub struct StatusNat {
     pub mapping: Option<String>,
     /// RFC 4787 section 5 name, or null.
     pub filtering: Option<String>,
+    /// How the NAT chooses ports, as far as it was needed to know, or null.
+    #[serde(default)]
+    pub port_model: Option<PortModel>,
     /// The node's addresses as STUN servers see them.
     pub reflexive: Vec<SocketAddr>,
     /// Port mapping protocol in use, or null.
@@ -295,6 +300,15 @@ pub struct Netcheck {
     pub mapping: Option<String>,
     /// RFC 4787 section 5, same words, or null.
     pub filtering: Option<String>,
+    /// How the NAT chooses ports, as far as it was needed to know, or null.
+    #[serde(default)]
+    pub port_model: Option<PortModel>,
+    /// Machines behind the NAT reach each other at its outside address (RFC 4787 section 6), or null.
+    #[serde(default)]
+    pub hairpin: Option<bool>,
+    /// There is a second NAT behind the first; null: not known.
+    #[serde(default)]
+    pub double_nat: Option<bool>,
     /// Port mapping protocol found, or null.
     pub port_mapping: Option<String>,
     /// IPv6 reaches a STUN server and comes back.

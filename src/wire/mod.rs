@@ -5,6 +5,7 @@ pub mod control;
 pub mod ip;
 pub mod keys;
 pub mod local;
+pub mod nat;
 pub mod probe;
 pub mod relay;
 pub mod stun;

@@ -36,6 +36,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 use crate::trust::keys::Secret32;
 use crate::wire::classify::SEALED;
 use crate::wire::keys::{Digest32, WgKey};
+use crate::wire::nat::PortModel;
 use crate::wire::stun::{self, Attributes, HEADER, TransactionId, Writer, attribute, kind};
 
 /// Our attribute, comprehension-optional: version and purpose of a probe.
@@ -307,6 +308,9 @@ pub struct PeerMessage {
     /// Whether UDP leaves and comes back at the sender's; absent: not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub udp: Option<bool>,
+    /// How the sender's NAT chooses ports; absent: not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ports: Option<PortModel>,
 }
 
 /// The kinds of peer message.

@@ -144,6 +144,11 @@ pub fn decode_binding_response(bytes: &[u8]) -> Result<BindingResponse, StunErro
     })
 }
 
+/// True for a Binding request with this id.
+pub(crate) fn is_request_with(bytes: &[u8], txid: &TransactionId) -> bool {
+    bytes.first_chunk::<2>() == Some(&kind::BINDING_REQUEST.to_be_bytes()) && transaction_id(bytes) == Some(*txid)
+}
+
 /// The transaction id of anything that has a STUN header.
 #[must_use]
 pub fn transaction_id(bytes: &[u8]) -> Option<TransactionId> {

@@ -10,6 +10,7 @@ use meshd::wire::local::{
     DropCount, Health, Netcheck, NetcheckServer, PathKind, Pong, Problem, Removed, Request, Response, Severity, Status,
     StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply,
 };
+use meshd::wire::nat::PortModel;
 
 use crate::snapshot::{assert_snapshot, meshd, transcript};
 
@@ -90,6 +91,7 @@ fn status() -> Status {
             udp: Some(true),
             mapping: Some("endpoint-independent".to_owned()),
             filtering: Some("address-and-port-dependent".to_owned()),
+            port_model: None,
             reflexive: vec!["203.0.113.7:50112".parse().unwrap()],
             port_mapping: None,
         },
@@ -170,6 +172,9 @@ fn netcheck_document() {
         reflexive: vec!["203.0.113.7:50112".parse().unwrap()],
         mapping: Some("endpoint-independent".to_owned()),
         filtering: None,
+        port_model: Some(PortModel::Preserving),
+        hairpin: Some(false),
+        double_nat: None,
         port_mapping: None,
         ipv6: false,
         servers: vec![

@@ -10,5 +10,6 @@
 
 pub mod agent;
 pub mod candidate;
+pub mod ports;
 pub mod reason;
 pub mod reflexive;

@@ -1,5 +1,7 @@
 //! Why a peer is relayed, in words.
 
+use crate::wire::nat::PortModel;
+
 /// What a node knows of the NAT in front of it, as told to its peers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct NatView {
@@ -9,6 +11,8 @@ pub struct NatView {
     pub filtering: Option<String>,
     /// UDP passes at all; None: not known.
     pub udp: Option<bool>,
+    /// How it chooses ports; None: not known.
+    pub ports: Option<PortModel>,
 }
 
 /// RFC 4787 names.
@@ -110,7 +114,7 @@ mod tests {
     use super::*;
 
     fn nat(mapping: &str, filtering: &str) -> NatView {
-        NatView { mapping: Some(mapping.into()), filtering: Some(filtering.into()), udp: Some(true) }
+        NatView { mapping: Some(mapping.into()), filtering: Some(filtering.into()), udp: Some(true), ports: None }
     }
 
     /// nat.md section 2.1, the measured matrix.

@@ -170,6 +170,7 @@ impl Planner {
             mapping: self.nat.mapping.clone(),
             filtering: self.nat.filtering.clone(),
             udp: self.nat.udp,
+            ports: self.nat.ports,
         };
         let mut nonce = [0u8; 24];
         self.rng.fill_bytes(&mut nonce);
@@ -206,8 +207,12 @@ impl Planner {
         };
         talk.heard_number = message.n;
         if matches!(message.kind, MessageKind::Call | MessageKind::Answer) {
-            let theirs =
-                NatView { mapping: message.mapping.clone(), filtering: message.filtering.clone(), udp: message.udp };
+            let theirs = NatView {
+                mapping: message.mapping.clone(),
+                filtering: message.filtering.clone(),
+                udp: message.udp,
+                ports: message.ports,
+            };
             let list: Vec<(SocketAddr, bool)> = message
                 .candidates
                 .iter()
@@ -467,6 +472,7 @@ impl Planner {
             view.mapping.clone_from(&report.mapping);
             view.filtering.clone_from(&report.filtering);
             view.udp = view.udp.or(Some(report.udp));
+            view.ports = report.port_model;
         }
         match self.reflexive.mapping_varies() {
             // The data socket's own evidence wins over the report's, which came from another socket.

@@ -75,6 +75,7 @@ impl Planner {
                 udp: self.nat.udp,
                 mapping: self.nat.mapping.clone(),
                 filtering: self.nat.filtering.clone(),
+                port_model: self.nat.ports,
                 reflexive: self.reflexive.addresses(),
                 port_mapping: None,
             },

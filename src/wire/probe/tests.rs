@@ -36,6 +36,7 @@ fn message() -> PeerMessage {
         mapping: Some("endpoint-independent".to_owned()),
         filtering: None,
         udp: Some(true),
+        ports: None,
     }
 }
 

@@ -1,0 +1,65 @@
+//! How a NAT chooses external ports, as nodes tell each other and people.
+
+use serde::{Deserialize, Serialize};
+
+/// How a NAT chooses the external port of a new mapping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "model", rename_all = "kebab-case")]
+pub enum PortModel {
+    /// The inside port, where it is free.
+    Preserving,
+    /// One after the other.
+    Sequential {
+        /// From one mapping to the next; negative if it counts down.
+        step: i16,
+        /// Mappings that others make in a second.
+        per_second: u16,
+    },
+    /// Any of a block that is much smaller than all ports.
+    Block {
+        /// The lowest port, as far as samples tell.
+        low: u16,
+        /// The highest.
+        high: u16,
+    },
+    /// Any port.
+    Random,
+    /// One that a newer version knows.
+    #[serde(other)]
+    Unknown,
+}
+
+impl PortModel {
+    /// The word for people and `--json`.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Preserving => "preserving",
+            Self::Sequential { .. } => "sequential",
+            Self::Block { .. } => "block",
+            Self::Random => "random",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_model_reads_back_and_a_newer_one_is_unknown() {
+        for model in [
+            PortModel::Preserving,
+            PortModel::Sequential { step: -2, per_second: 200 },
+            PortModel::Block { low: 20_000, high: 20_511 },
+            PortModel::Random,
+        ] {
+            let json = serde_json::to_string(&model).unwrap();
+            assert!(json.contains(model.name()), "{json}");
+            assert_eq!(serde_json::from_str::<PortModel>(&json).unwrap(), model);
+        }
+        let newer = r#"{"model":"phase-of-the-moon","offset":3}"#;
+        assert_eq!(serde_json::from_str::<PortModel>(newer).unwrap(), PortModel::Unknown);
+    }
+}
