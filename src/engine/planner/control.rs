@@ -56,6 +56,7 @@ pub(super) struct Control {
 #[derive(Debug, Clone)]
 pub(super) struct Missing {
     pub(super) is_revoke: bool,
+    /// Given back on this connection.
     restored: bool,
 }
 
@@ -96,6 +97,9 @@ impl Planner {
         self.control.last_heard = Some(self.now);
         self.control.synced = false;
         self.control.comparing = None;
+        for missing in self.control.missing.values_mut() {
+            missing.restored = false;
+        }
         let (have, head) =
             self.control.position.unwrap_or_else(|| (self.ledger.log().len() as u64, self.ledger.head()));
         let re = self.request_number();
@@ -185,6 +189,7 @@ impl Planner {
             if let Some(seen) = self.control.comparing.take() {
                 self.compare(&seen);
             }
+            self.restore_missing();
             if !self.control.synced {
                 self.control.synced = true;
                 self.outputs.push_back(Output::Event(Event::Synced));
@@ -240,24 +245,32 @@ impl Planner {
         }
     }
 
-    /// The whole log was read: what of ours is not in it was taken back. Put it back, and say so until it stays.
+    /// The whole log was read: what of ours is not in it was taken back.
     fn compare(&mut self, seen: &BTreeSet<Digest32>) {
-        let missing: Vec<SignedRecord> =
-            self.ledger.log().iter().filter(|r| !seen.contains(&r.id())).cloned().collect();
-        let mut restore = Vec::new();
         let mut still = BTreeMap::new();
-        for record in missing {
+        for record in self.ledger.log().iter().filter(|r| !seen.contains(&r.id())) {
             let id = record.id();
             let restored = self.control.missing.get(&id).is_some_and(|m| m.restored);
-            if !restored {
-                restore.push(record.clone());
-            }
             let is_revoke = matches!(record.open(), Ok(Record::Revoke(_)));
-            still.insert(id, Missing { is_revoke, restored: true });
+            still.insert(id, Missing { is_revoke, restored });
         }
         self.control.missing_since =
             if still.is_empty() { None } else { self.control.missing_since.or(Some(self.now)) };
         self.control.missing = still;
+    }
+
+    /// Gives the coordinator back what it lacks, once a connection, until it stays there.
+    fn restore_missing(&mut self) {
+        let lacks =
+            |missing: &BTreeMap<Digest32, Missing>, r: &SignedRecord| missing.get(&r.id()).is_some_and(|m| !m.restored);
+        if self.control.missing.values().all(|m| m.restored) {
+            return;
+        }
+        let restore: Vec<SignedRecord> =
+            self.ledger.log().iter().filter(|r| lacks(&self.control.missing, r)).cloned().collect();
+        for missing in self.control.missing.values_mut() {
+            missing.restored = true;
+        }
         for chunk in restore.chunks(RESTORE_CHUNK) {
             tracing::warn!(
                 records = chunk.len(),
