@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use ed25519_dalek::SigningKey;
 use ipnet::{Ipv4Net, Ipv6Net};
 use meshd::coord::io::ConnId;
 use meshd::coord::relay_hub::RelayConn;
@@ -130,6 +131,7 @@ pub(crate) struct Sim {
     server_host: HostId,
     server: Server,
     server_wants: Vec<server::Want>,
+    server_is_deaf: bool,
     /// Server-side: which life of which node a connection belongs to.
     peers_of: BTreeMap<(Link, u64), Life>,
     streams: BTreeMap<(Link, u64, bool), Stream>,
@@ -198,6 +200,7 @@ impl Sim {
             server_host,
             server: Server::new(id),
             server_wants: Vec::new(),
+            server_is_deaf: false,
             peers_of: BTreeMap::new(),
             streams: BTreeMap::new(),
             next_number: 0,
@@ -387,6 +390,18 @@ impl Sim {
         self.input(node, Input::Control(message));
     }
 
+    /// A frame of the relay that the relay made up, or put another sender on.
+    pub(crate) fn forge_relay(&mut self, node: NodeRef, from: WgKey, payload: &[u8]) {
+        let (life, now) = (self.life(node), self.world.now());
+        let via = Via::Relay { peer: from };
+        self.with_machines(life, |m, wants| m.datagram(via, payload, now, wants));
+    }
+
+    /// From now on the coordinator ignores (or hears again) what nodes publish.
+    pub(crate) const fn deafen_server(&mut self, deaf: bool) {
+        self.server_is_deaf = deaf;
+    }
+
     /// The machine's addresses changed: the kernel says so, and connections bound to the old ones die.
     pub(crate) fn moved(&mut self, node: NodeRef) {
         let addresses = self.local_addresses(node);
@@ -562,6 +577,11 @@ impl Sim {
         &self.network.log
     }
 
+    /// The root key's secret, for making records that are true or false.
+    pub(crate) fn root(&self) -> SigningKey {
+        self.network.root.signing_key()
+    }
+
     /// The UDP port of a node.
     pub(crate) fn port(&self, node: NodeRef) -> u16 {
         self.nodes[node.0].port
@@ -725,6 +745,8 @@ impl Sim {
             Event::Closed(Link::Relay, number) => {
                 self.peers_of.remove(&(Link::Relay, number));
                 self.server.relay_closed(RelayConn(number));
+            }
+            Event::ToServer(_, message) if self.server_is_deaf && matches!(*message, ToCoordinator::Publish { .. }) => {
             }
             Event::ToServer(number, message) => {
                 let wall = WALL + now.0 / 1_000_000;

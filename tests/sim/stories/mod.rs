@@ -5,55 +5,49 @@ use std::time::Duration;
 use crate::scenario::{Places, Scenario};
 use crate::sim::{NodeRef, Series, Sim};
 
-macro_rules! stories {
-    ($($name:ident),+ $(,)?) => {
-        $(mod $name;)+
+mod both_initiate;
+mod ciphertext_only;
+mod coordinator_dies;
+mod direct_path_blackholed;
+mod double_nat;
+mod first_packet;
+mod ipv6_only;
+mod late_joiner;
+mod nat_reboots;
+mod node_restarts;
+mod public_and_nat;
+mod relay_dies_while_direct;
+mod restart_without_coordinator;
+mod revoked;
+mod roam;
+mod same_place;
+mod sleep_8_hours;
+mod symmetric_pair;
+mod unknown_peers;
+mod upgrade;
 
-        /// Tells one story once.
-        pub(crate) fn run(name: &str, seed: u64) {
-            match name {
-                $(stringify!($name) => $name::run(seed),)+
-                _ => panic!("no story is called {name:?}"),
-            }
-        }
-
-        #[cfg(test)]
-        mod tests {
-            $(
-                #[test]
-                fn $name() {
-                    if crate::replay().is_none() {
-                        for seed in 1..=if crate::full() { 40 } else { 4 } {
-                            super::$name::run(seed);
-                        }
-                    }
-                }
-            )+
-        }
-    };
-}
-
-stories! {
-    both_initiate,
-    ciphertext_only,
-    coordinator_dies,
-    direct_path_blackholed,
-    double_nat,
-    first_packet,
-    ipv6_only,
-    late_joiner,
-    nat_reboots,
-    node_restarts,
-    public_and_nat,
-    relay_dies_while_direct,
-    restart_without_coordinator,
-    revoked,
-    roam,
-    same_place,
-    sleep_8_hours,
-    symmetric_pair,
-    unknown_peers,
-    upgrade,
+named_runs! {
+    4, 40,
+    both_initiate => both_initiate::run,
+    ciphertext_only => ciphertext_only::run,
+    coordinator_dies => coordinator_dies::run,
+    direct_path_blackholed => direct_path_blackholed::run,
+    double_nat => double_nat::run,
+    first_packet => first_packet::run,
+    ipv6_only => ipv6_only::run,
+    late_joiner => late_joiner::run,
+    nat_reboots => nat_reboots::run,
+    node_restarts => node_restarts::run,
+    public_and_nat => public_and_nat::run,
+    relay_dies_while_direct => relay_dies_while_direct::run,
+    restart_without_coordinator => restart_without_coordinator::run,
+    revoked => revoked::run,
+    roam => roam::run,
+    same_place => same_place::run,
+    sleep_8_hours => sleep_8_hours::run,
+    symmetric_pair => symmetric_pair::run,
+    unknown_peers => unknown_peers::run,
+    upgrade => upgrade::run,
 }
 
 /// A world in which two nodes have started, reached the coordinator and asked STUN, and have never talked.

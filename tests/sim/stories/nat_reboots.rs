@@ -8,7 +8,8 @@ use super::{longest_gap, talking};
 
 pub(crate) fn run(seed: u64) {
     let (gap, time) = (Duration::from_millis(20), Duration::from_secs(60));
-    for (nats, renumbered) in [("a=eim+apdf b=linux", false), ("a=linux b=eim+apdf", true), ("a=eim+adf b=apdm+apdf", false)]
+    for (nats, renumbered) in
+        [("a=eim+apdf b=linux", false), ("a=linux b=eim+apdf", true), ("a=eim+adf b=apdm+apdf", false)]
     {
         let (mut sim, places, a, b, series) = talking("nat_reboots", seed, nats, gap, time);
         sim.run_for(Duration::from_secs(3));

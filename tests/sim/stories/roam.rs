@@ -7,7 +7,9 @@ use super::talking;
 
 pub(crate) fn run(seed: u64) {
     let (gap, time) = (Duration::from_millis(20), Duration::from_secs(30));
-    for (nats, to) in [("a=linux b=linux", "eim+apdf"), ("a=eim+apdf b=linux", "public"), ("a=public b=eim+adf", "linux")] {
+    for (nats, to) in
+        [("a=linux b=linux", "eim+apdf"), ("a=eim+apdf b=linux", "public"), ("a=public b=eim+adf", "linux")]
+    {
         let (mut sim, mut places, a, b, series) = talking("roam", seed, nats, gap, time);
         let elsewhere = places.town.site(&mut sim.world, "elsewhere", &[to.parse().unwrap()], None);
         sim.run_for(Duration::from_secs(1));
@@ -16,9 +18,8 @@ pub(crate) fn run(seed: u64) {
         elsewhere.welcome(&mut sim.world, host, 5);
         sim.moved(mover);
         let moved = sim.now();
-        let flows = sim.run_until(Duration::from_secs(2), |s| {
-            s.pings(series).any(|p| p.sent >= moved && p.answered.is_some())
-        });
+        let flows =
+            sim.run_until(Duration::from_secs(2), |s| s.pings(series).any(|p| p.sent >= moved && p.answered.is_some()));
         assert!(flows, "{nats} → {to}: traffic flows again");
         let direct = sim.run_until(Duration::from_secs(6), |s| {
             s.now().since(moved) > Duration::from_secs(1) && s.is_surely_direct(a, b) && s.is_surely_direct(b, a)
