@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::oracle::direct_is_possible;
 use crate::scenario::Scenario;
-use crate::sim::Sim;
+use crate::sim::{Ping, Sim};
 
 /// How one scenario ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,14 +63,17 @@ pub(crate) fn run(scenario: &Scenario) -> Outcome {
         }
     }
     sim.run_for(Duration::from_secs(1));
-    // A relay loses nothing. With a direct path only a lossless internet promises that.
+    // A relay loses nothing, though TCP may hold things back. With a direct path only a lossless internet promises that.
     if scenario.loss == 0 || !possible {
-        let last = sim.now();
-        let lost = sim
-            .pings(series)
-            .filter(|p| last.since(p.sent) > Duration::from_millis(900) && p.sent < last && p.answered.is_none())
-            .count();
+        let patience = if scenario.loss == 0 { Duration::from_millis(900) } else { Duration::from_secs(4) };
+        let due = |p: &&Ping| p.sent < sim.now() && sim.now().since(p.sent) > patience;
+        let lost = sim.pings(series).filter(due).filter(|p| p.answered.is_none()).count();
         assert_eq!(lost, 0, "pings lost");
+    }
+    // Two seconds on the network of the promise; elsewhere its round trips count.
+    if let (0, Some(after)) = (scenario.loss, direct_after) {
+        let limit = Duration::from_secs(2) + Duration::from_millis(20 * scenario.relay_ms.saturating_sub(30));
+        assert!(after <= limit || scenario.is_rough(), "direct only after {after:?}");
     }
     Outcome { direct_after, first_answer, trace: sim.finish() }
 }

@@ -133,6 +133,11 @@ impl Scenario {
         }
     }
 
+    /// Datagrams come late, twice or out of order.
+    pub(crate) const fn is_rough(&self) -> bool {
+        self.jitter_ms > 0 || self.duplicate > 0 || self.reorder > 0
+    }
+
     pub(crate) const fn families(&self) -> Families {
         match self.ip {
             6 => Families::V6,
