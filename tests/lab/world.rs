@@ -7,7 +7,7 @@ use std::process::{Child, Command, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use meshd::cli::demo::contain::ROLE;
+use meshd::cli::demo::contain::NOT_INHERITED;
 use meshd::cli::demo::net::{Namespace, Segment};
 use meshd::daemon::client;
 use meshd::os::lock;
@@ -24,11 +24,13 @@ pub const URL: &str = "https://203.0.113.10:8443";
 pub struct Node {
     pub name: String,
     pub namespace: Namespace,
+    /// The program.
+    pub binary: PathBuf,
 }
 
 impl Node {
     pub fn new(name: &str, namespace: Namespace) -> Self {
-        Self { name: name.to_owned(), namespace }
+        Self { name: name.to_owned(), namespace, binary: env!("CARGO_BIN_EXE_meshd").into() }
     }
 
     pub fn state_dir(&self) -> PathBuf {
@@ -41,7 +43,7 @@ impl Node {
 
     /// `meshd --state-dir … ARGS`.
     pub fn meshd(&self, args: &[&str]) -> Command {
-        let mut command = plain(args);
+        let mut command = undisturbed(&self.binary, args);
         command.arg("--state-dir").arg(self.state_dir());
         command
     }
@@ -251,7 +253,12 @@ impl World {
 
     /// Brings the machines up in one network.
     pub fn join(&self, machines: &[(&str, &Namespace)]) -> Result<Vec<Node>> {
-        let nodes: Vec<Node> = machines.iter().map(|(name, namespace)| Node::new(name, (*namespace).clone())).collect();
+        let nodes = machines.iter().map(|(name, namespace)| Node::new(name, (*namespace).clone()));
+        self.join_as(nodes.collect())
+    }
+
+    /// The same for nodes that are special in some way.
+    pub fn join_as(&self, nodes: Vec<Node>) -> Result<Vec<Node>> {
         let (first, others) = nodes.split_first().context("a network needs a machine")?;
         first.up(&self.coordinator.claim()?)?;
         for node in others {
@@ -271,16 +278,25 @@ pub fn wait_for_peers(node: &Node, count: usize) -> Result<()> {
     })
 }
 
-/// `meshd ARGS`, untouched by the settings of the person who runs the tests.
+/// `meshd ARGS` without a state directory.
 pub fn plain(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_meshd"));
+    undisturbed(env!("CARGO_BIN_EXE_meshd").as_ref(), args)
+}
+
+/// A command untouched by the settings of the person who runs the tests.
+fn undisturbed(program: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(program);
     command.args(args);
-    let proxies = ["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"];
-    for name in ["MESHD_STATE_DIR", "MESHD_SOCKET", "MESHD_TOKEN", ROLE].into_iter().chain(proxies) {
-        command.env_remove(name);
-    }
+    inherit_nothing(&mut command);
     command.env("MESHD_LOG", std::env::var("MESHD_LAB_LOG").unwrap_or_else(|_| "info".to_owned()));
     command
+}
+
+/// Takes away what a command would inherit from the surroundings of the test.
+pub fn inherit_nothing(command: &mut Command) {
+    for name in NOT_INHERITED {
+        command.env_remove(name);
+    }
 }
 
 /// Tries every 20 ms until there is an answer, and fails with the name of what did not happen.
@@ -309,6 +325,11 @@ pub fn eventually<T>(what: &str, limit: Duration, mut attempt: impl FnMut() -> R
             Err(_) => std::thread::park_timeout(Duration::from_millis(20)),
         }
     }
+}
+
+/// Lets time pass: for what must happen, or must not, while nobody does anything.
+pub fn let_pass(time: Duration) {
+    std::thread::sleep(time);
 }
 
 /// Says no to what was expected.

@@ -15,6 +15,7 @@ use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
@@ -26,8 +27,24 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{Pid, getgid, getuid, setsid};
 
-/// The environment variable that says which of the three processes this is. Not for programs started inside.
-pub const ROLE: &str = "MESHD_CONTAINED";
+/// The environment variable that says which of the three processes this is.
+const ROLE: &str = "MESHD_CONTAINED";
+
+/// Environment variables that programs started inside must not inherit: the settings of the person who started it all.
+pub const NOT_INHERITED: [&str; 9] = [
+    ROLE,
+    "MESHD_STATE_DIR",
+    "MESHD_COORDINATOR_STATE_DIR",
+    "MESHD_SOCKET",
+    "MESHD_TOKEN",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "ALL_PROXY",
+    "all_proxy",
+];
+
+/// Names the program of the process that starts another, wherever its file is and whatever is mounted over that.
+pub(super) const THIS_PROGRAM: &str = "/proc/self/exe";
 
 /// What happens to the box when the work inside is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,7 +91,7 @@ fn outside() -> Result<Ended> {
         fs::write("/proc/self/gid_map", format!("0 {gid} 1")).context("cannot map the group id")?;
     }
     let (mut ours, theirs) = UnixStream::pair()?;
-    let mut child = again("init")?.stdin(OwnedFd::from(theirs)).spawn().context("cannot start a second process")?;
+    let mut child = again("init").stdin(OwnedFd::from(theirs)).spawn().context("cannot start a second process")?;
     // Init writes its exit code when the box stays; when it ends, the socket closes without a word.
     let mut code = [0];
     if ours.read(&mut code)? == 1 {
@@ -95,16 +112,17 @@ fn explain(error: Errno) -> anyhow::Error {
 }
 
 /// This program again, with the same arguments, in another role.
-fn again(role: &str) -> Result<Command> {
-    let mut command = Command::new(std::env::current_exe().context("cannot find this program's file")?);
+fn again(role: &str) -> Command {
+    let mut command = Command::new(THIS_PROGRAM);
+    command.arg0(std::env::args_os().next().unwrap_or_else(|| "meshd".into()));
     command.args(std::env::args_os().skip(1)).env(ROLE, role);
-    Ok(command)
+    command
 }
 
 fn init(after: After) -> Result<Option<Ended>> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     furnish()?;
-    let child = again("inside")?.stdin(Stdio::null()).spawn().context("cannot start the process inside")?;
+    let child = again("inside").stdin(Stdio::null()).spawn().context("cannot start the process inside")?;
     let child = Pid::from_raw(i32::try_from(child.id())?);
     // Blocked only now, because a new process inherits what is blocked.
     let mut wanted = SigSet::empty();

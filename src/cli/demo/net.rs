@@ -47,6 +47,10 @@ impl Namespace {
     pub fn new(name: &str) -> Result<Self> {
         run(Command::new("ip").args(["netns", "add", name]))?;
         let made = Self { name: name.to_owned() };
+        // Nobody else has our addresses; waiting a second to be sure of it helps no one. Fails without IPv6.
+        for which in ["all", "default"] {
+            let _ = made.sysctl(&format!("ipv6/conf/{which}/accept_dad"), "0");
+        }
         made.ip("link set lo up")?;
         Ok(made)
     }

@@ -2,12 +2,14 @@
 
 use std::fs;
 use std::net::{IpAddr, SocketAddr, TcpListener};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+use super::contain::{NOT_INHERITED, THIS_PROGRAM};
 use super::net::{Namespace, Nat, Segment};
 use super::{Step, http};
 use crate::cli::error::CliError;
@@ -38,19 +40,17 @@ impl Machine {
     }
 
     /// `meshd ARGS` on this machine, untouched by the settings of the person who started the demonstration.
-    fn meshd(&self, args: &[&str]) -> Result<Command> {
-        let mut command = Command::new(std::env::current_exe()?);
-        command.arg("--state-dir").arg(self.state_dir()).args(args);
-        for name in
-            ["MESHD_STATE_DIR", "MESHD_SOCKET", "MESHD_TOKEN", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]
-        {
+    fn meshd(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(THIS_PROGRAM);
+        command.arg0("meshd").arg("--state-dir").arg(self.state_dir()).args(args);
+        for name in NOT_INHERITED {
             command.env_remove(name);
         }
-        Ok(command)
+        command
     }
 
     fn run(&self, args: &[&str]) -> Result<String> {
-        self.namespace.run(&mut self.meshd(args)?).with_context(|| format!("on {}", self.name))
+        self.namespace.run(&mut self.meshd(args)).with_context(|| format!("on {}", self.name))
     }
 
     fn status(&self) -> Result<Status> {
@@ -58,7 +58,7 @@ impl Machine {
     }
 
     fn up(&self, token: &str) -> Result<Status> {
-        let mut command = self.meshd(&["up", "--name", self.name])?;
+        let mut command = self.meshd(&["up", "--name", self.name]);
         command.env("MESHD_TOKEN", token.trim());
         self.namespace.run(&mut command).with_context(|| format!("on {}", self.name))?;
         self.status()
@@ -84,8 +84,7 @@ pub(super) fn tell(report: &mut dyn FnMut(Step) -> Result<(), CliError>) -> Resu
     done("made an internet, laptop and nas behind home NATs, phone behind a NAT that cannot be punched".to_owned())?;
 
     let log = Path::new("/run/coordinator.log");
-    let mut serve =
-        coordinator.meshd(&["coordinator", "--public-url", URL, "--listen", LISTEN, "--stun-listen", STUN])?;
+    let mut serve = coordinator.meshd(&["coordinator", "--public-url", URL, "--listen", LISTEN, "--stun-listen", STUN]);
     let mut server = coordinator.namespace.spawn(&mut serve, log)?;
     let claim = until("the coordinator prints a claim token", Duration::from_secs(15), || {
         if let Some(status) = server.try_wait()? {

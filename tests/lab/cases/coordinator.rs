@@ -7,7 +7,7 @@ use meshd::wire::local::PathKind;
 
 use crate::net;
 use crate::runner::{Case, case};
-use crate::world::{Icmp, Node, ensure, eventually, until};
+use crate::world::{Icmp, Node, ensure, eventually, let_pass, until};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -89,7 +89,7 @@ fn kill_loop() -> Result<()> {
                 node.namespace.output(command.env("MESHD_TOKEN", &token))
             });
             // Spread over the whole of both requests, which take about a quarter of a second.
-            std::thread::park_timeout(Duration::from_millis(u64::from(round) * 7 % 350));
+            let_pass(Duration::from_millis(u64::from(round) * 7 % 350));
             lab.world.coordinator.kill()?;
             lab.world.coordinator.restart()?;
             let died = |_| anyhow::anyhow!("a request's thread panicked");

@@ -10,7 +10,7 @@ use anyhow::Result;
 
 use crate::net::{self, Topology};
 use crate::runner::{Case, case};
-use crate::world::{Coordinator, Node, ensure, error_of, plain};
+use crate::world::{Coordinator, Node, ensure, error_of, inherit_nothing, let_pass, plain};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -84,7 +84,7 @@ fn tokens() -> Result<()> {
     refused("newer", &try_up(&b, &token.replace("meshd-invite1-", "meshd-invite2-"), &[])?, &["newer", "upgrade"])?;
     refused("nothing to resume", &try_up(&b, "", &[])?, &["token"])?;
     let short = a.run(&["invite", "--expires", "1s"])?;
-    std::thread::park_timeout(Duration::from_millis(2_500));
+    let_pass(Duration::from_millis(2_500));
     refused("expired", &try_up(&b, short.trim(), &[])?, &["expired"])?;
     b.up(&token)?;
     refused("used", &try_up(&c, &token, &[])?, &["used"])?;
@@ -148,15 +148,15 @@ fn no_privilege() -> Result<()> {
     command.args(["--bounding-set", "-net_admin", "--inh-caps", "-net_admin", "--"]);
     let up = b.meshd(&["up", "--json"]);
     command.arg(up.get_program()).args(up.get_args()).env("MESHD_TOKEN", &token);
-    command.env_remove(meshd::cli::demo::contain::ROLE);
+    inherit_nothing(&mut command);
     let output = b.namespace.output(&mut command)?;
     refused("no CAP_NET_ADMIN", &output, &["cap_net_admin", "root", "sudo"])?;
-    // No /dev/net/tun: another file lies over it, for this process tree only.
+    // No /dev/net/tun: an empty directory lies over it, for this process tree only.
     let mut command = Command::new("unshare");
-    command.args(["--mount", "--", "sh", "-c", "mount --bind /dev/null /dev/net/tun && exec \"$@\"", "sh"]);
+    command.args(["--mount", "--", "sh", "-c", "mount -t tmpfs none /dev/net && exec \"$@\"", "sh"]);
     let up = b.meshd(&["up", "--json"]);
     command.arg(up.get_program()).args(up.get_args()).env("MESHD_TOKEN", &token);
-    command.env_remove(meshd::cli::demo::contain::ROLE);
+    inherit_nothing(&mut command);
     let output = b.namespace.output(&mut command)?;
     refused("no /dev/net/tun", &output, &["/dev/net/tun", "tun"])?;
     b.up(&token).map(drop)
@@ -225,7 +225,7 @@ fn corrupt_state() -> Result<()> {
     ensure(!state.is_empty(), || format!("no state in {}", b.state_dir().display()))?;
     for name in state {
         let file = b.state_dir().join(name);
-        let rubbish = b"{\"this is\": not what was wri".to_vec();
+        let rubbish = b"{\"this is\": not what was wri\n".to_vec();
         fs::write(&file, &rubbish)?;
         let output = b.output(&["up", "--json", "--timeout", "8s"])?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 use crate::net;
 use crate::packets::Tap;
 use crate::runner::{Case, case};
-use crate::world::{Node, ensure};
+use crate::world::{Node, ensure, let_pass};
 
 /// Nothing else on these wires looks like it.
 const WORD: &[u8] = b"ORIGINAL-CONTENT-THAT-ONLY-TWO-NODES-MAY-READ";
@@ -100,7 +100,7 @@ fn flood(make: &dyn Fn(&Node) -> Result<Box<dyn FnMut(u32) -> Vec<u8> + Send>>) 
                     let _ = socket.send_to(&packet(sent), target);
                     sent += 1;
                 }
-                std::thread::park_timeout(Duration::from_millis(10));
+                let_pass(Duration::from_millis(10));
             }
             sent
         });
