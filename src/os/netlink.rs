@@ -48,6 +48,9 @@ pub struct Route {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NoIpv6(pub String);
 
+/// Packets the kernel queues for us before it drops them.
+const QUEUE_LENGTH: u32 = 1_000;
+
 impl Netlink {
     /// Connects.
     ///
@@ -108,7 +111,8 @@ impl Netlink {
     /// # Errors
     /// The IPv4 part failed. A failure of IPv6 alone is the returned note.
     pub async fn bring_up(&self, index: u32, addresses: &[IpNet], mtu: u32) -> io::Result<Option<NoIpv6>> {
-        let up = LinkUnspec::new_with_index(index).mtu(mtu).up().build();
+        // By netlink, because the older ioctl is refused to the root of a user namespace.
+        let up = LinkUnspec::new_with_index(index).mtu(mtu).txqueuelen(QUEUE_LENGTH).up().build();
         self.handle.link().set(up).execute().await.map_err(named)?;
         let mut note = None;
         for net in addresses {

@@ -24,8 +24,6 @@ const NAMES: u32 = 100;
 const MAX_NAME: usize = 15;
 /// How long a name may still be held by a daemon that is ending.
 const NAME_PATIENCE: Duration = Duration::from_millis(1_500);
-/// Packets the kernel queues for us before it drops (`research`: at least 1000).
-const QUEUE_LENGTH: u32 = 1_000;
 
 /// An open TUN device, without addresses and down until [`crate::os::netlink::Netlink::bring_up`].
 pub struct Tun {
@@ -133,14 +131,7 @@ impl Tun {
             Some(Errno::EBUSY | Errno::EEXIST) => TunError::NameTaken(name.into()),
             _ => TunError::Io(e),
         };
-        let device = DeviceBuilder::new()
-            .name(name)
-            .inherit_enable_state()
-            .with(|more| {
-                more.tx_queue_len(QUEUE_LENGTH);
-            })
-            .build_sync()
-            .map_err(named)?;
+        let device = DeviceBuilder::new().name(name).inherit_enable_state().build_sync().map_err(named)?;
         let flags = fcntl(&device, FcntlArg::F_GETFL).map_err(io::Error::from)?;
         let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
         fcntl(&device, FcntlArg::F_SETFL(flags)).map_err(io::Error::from)?;

@@ -339,7 +339,11 @@ fn show(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
     let words = words.map(|word| {
         let word = word.to_string_lossy();
-        if word.starts_with("meshd-claim1-") || word.starts_with("meshd-invite1-") { "TOKEN".into() } else { word }
+        match word.as_ref() {
+            super::contain::THIS_PROGRAM => "meshd".into(),
+            token if token.starts_with("meshd-claim1-") || token.starts_with("meshd-invite1-") => "TOKEN".into(),
+            _ => word,
+        }
     });
     words.collect::<Vec<_>>().join(" ")
 }
