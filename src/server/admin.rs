@@ -133,10 +133,10 @@ pub struct Claim {
 }
 
 /// The claim token of the coordinator with this state directory, which may be running, or may never have been started
-/// (then its secrets are made now). The URL in it is `public_url`, or the one of the last start, or a derived one.
+/// (then its secrets are made now). The URL in it is `public_url`, or the one of the last start.
 ///
 /// # Errors
-/// `already-claimed` once the network is founded; problems of the state directory.
+/// `not-started` if neither is known; `already-claimed` once the network is founded; problems of the state directory.
 pub async fn claim(
     state_dir: &Path,
     store: Option<&Path>,
@@ -145,6 +145,14 @@ pub async fn claim(
     tls: bool,
 ) -> Result<Claim, Problem> {
     let dir = StateDir::open(state_dir)?;
+    let kept = dir.public_url();
+    let Some(url) = public_url.or(kept.as_deref()) else {
+        return Err(Problem {
+            code: "not-started".into(),
+            text: "no coordinator has been started here yet, so there is no address to put into a claim token".into(),
+            hint: "start `meshd coordinator` first (it prints the token too), or give --public-url URL".into(),
+        });
+    };
     let (secrets, spent) = if dir.is_initialized() {
         (dir.secrets()?, store::claim_is_spent(&store_path(&dir, store)).await?)
     } else {
@@ -161,8 +169,7 @@ pub async fn claim(
                 .into(),
         });
     }
-    let kept = dir.public_url();
-    let url = PublicUrl::decide(public_url.or(kept.as_deref()), listen, tls)?.url;
+    let url = PublicUrl::decide(Some(url), listen, tls)?.url;
     Ok(Claim { schema: 1, token: claim_token(&url, &secrets), url })
 }
 
@@ -245,8 +252,10 @@ mod tests {
     async fn the_claim_of_a_coordinator_that_never_ran_is_made_and_stays_the_same() {
         let parent = tempfile::tempdir().unwrap();
         let listen = "203.0.113.5:443".parse().unwrap();
-        let first = claim(parent.path(), None, None, listen, true).await.unwrap();
-        let again = claim(parent.path(), None, None, listen, true).await.unwrap();
+        let url = Some("https://203.0.113.5");
+        assert_eq!(claim(parent.path(), None, None, listen, true).await.unwrap_err().code, "not-started");
+        let first = claim(parent.path(), None, url, listen, true).await.unwrap();
+        let again = claim(parent.path(), None, url, listen, true).await.unwrap();
         assert_eq!(first, again);
         let Token::Claim(token) = Token::decode(&first.token).unwrap() else { panic!("not a claim") };
         assert_eq!(token.urls, ["https://203.0.113.5"]);
