@@ -125,7 +125,7 @@ pub(super) async fn ensure<D: Desks>(
     };
     if let Some(network) = network {
         store.drop_pending();
-        return resume(store, wish, network);
+        return resume(store, wish, network, desks).await;
     }
     if let Some(done) = finish_pending(store, wish, desks).await? {
         return Ok(done);
@@ -147,7 +147,12 @@ pub(super) async fn ensure<D: Desks>(
 }
 
 /// A member already: says so, and takes a newer address of the coordinator from a token of the same network.
-fn resume(store: &mut Store, wish: &Wish<'_>, mut network: Network) -> Result<Membership, Problem> {
+async fn resume<D: Desks>(
+    store: &mut Store,
+    wish: &Wish<'_>,
+    mut network: Network,
+    desks: &D,
+) -> Result<Membership, Problem> {
     let keys = store.keys()?.ok_or_else(|| {
         problem(
             "node-keys",
@@ -155,8 +160,12 @@ fn resume(store: &mut Store, wish: &Wish<'_>, mut network: Network) -> Result<Me
             "restore it from a backup; without one, move the state directory away and join anew with a new invite",
         )
     })?;
-    let records = store.records()?;
+    let mut records = store.records()?;
     let mut notes = Vec::new();
+    if ledger_of(network.network, &records).member_ever(&keys.identity_key()).is_none() {
+        records = fetch_again(store, &network, &keys, &records, desks).await?;
+        notes.push("records.jsonl was lost; what it held was fetched from the coordinator again, and verified".into());
+    }
     if let Some(token) = wish.token {
         let (same, shown) = match token {
             Token::Invite(invite) => (invite.network == network.network, &invite.urls),
@@ -180,6 +189,38 @@ fn resume(store: &mut Store, wish: &Wish<'_>, mut network: Network) -> Result<Me
         }
     }
     Ok(Membership { keys, network, records, notes })
+}
+
+/// `records.jsonl` was lost: the coordinator has the records too, and they prove themselves. What is left of the old ones
+/// is kept, above all a Revoke that the coordinator may not want to show again.
+async fn fetch_again<D: Desks>(
+    store: &Store,
+    network: &Network,
+    keys: &NodeKeys,
+    left: &[SignedRecord],
+    desks: &D,
+) -> Result<Vec<SignedRecord>, Problem> {
+    let log = match desks.connect(&network.urls, network.coordinator, &keys.control).await {
+        Ok(mut desk) => desk.log().await,
+        Err(e) => Err(e),
+    };
+    let lost = |why: String| {
+        problem(
+            "records",
+            format!(
+                "records.jsonl in {} does not show this node as a member of its network, and {why}",
+                store.dir().display()
+            ),
+            "try again when the coordinator can be reached, or restore records.jsonl from a backup",
+        )
+    };
+    let log = log.map_err(|e| lost(format!("the coordinator could not be asked for it: {}", e.text)))?;
+    let ledger = ledger_of(network.network, &[&log, left].concat());
+    if ledger.member_ever(&keys.identity_key()).is_none() {
+        return Err(lost("neither does the coordinator's log".into()));
+    }
+    store.replace_records(ledger.log())?;
+    Ok(ledger.log().to_vec())
 }
 
 /// `network.json` was lost, but keys and records are there: a token of the same network says the rest.
@@ -603,7 +644,7 @@ pub(super) fn own_addresses(membership: &Membership) -> Result<(Vec<IpNet>, Stri
     let (Some(genesis), Some(member)) = (ledger.genesis(), ledger.member(&identity)) else {
         return Err(problem(
             "records",
-            "the records on disk do not show this node as a member of its network",
+            "records.jsonl does not show this node as a member of its network",
             "restore records.jsonl from a backup, or move the state directory away and join with a new invite",
         ));
     };

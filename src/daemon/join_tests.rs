@@ -444,3 +444,20 @@ fn a_coordinator_whose_log_lacks_the_new_member_is_found_out() {
     office.0.borrow_mut().shown_log = None;
     assert!(node.up(None).is_ok());
 }
+
+#[test]
+fn lost_records_are_fetched_again_and_what_is_left_of_them_is_kept() {
+    let (office, _founder, first) = founded();
+    let node = Node::new(&office);
+    let member = node.up(Some(&open_invite(&first))).unwrap();
+    let file = node.dir.path().join("records.jsonl");
+    std::fs::write(&file, b"rubbish").unwrap();
+    office.0.borrow_mut().unreachable = true;
+    let refused = node.up(None).unwrap_err();
+    assert!(refused.text.contains("records.jsonl") && refused.text.contains("reached"), "{refused:?}");
+    office.0.borrow_mut().unreachable = false;
+    let again = node.up(None).unwrap();
+    assert_eq!(again.records, member.records);
+    assert!(node.files().iter().any(|name| name.starts_with("records.jsonl.corrupt-")));
+    assert!(node.up(None).unwrap().notes.is_empty(), "repaired once");
+}

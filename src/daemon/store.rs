@@ -231,11 +231,7 @@ impl Store {
     /// Code `state-write`.
     pub fn joined(&self, network: &Network, records: &[SignedRecord]) -> Result<(), Problem> {
         if !self.path("network.json").exists() && !records.is_empty() {
-            let mut text = Vec::new();
-            for record in records {
-                push_line(&mut text, record);
-            }
-            self.replace("records.jsonl", &text)?;
+            self.replace_records(records)?;
         }
         self.write("network.json", network)?;
         self.drop_pending();
@@ -285,8 +281,8 @@ impl Store {
         self.write("state.json", &State { v: VERSION, ..state.clone() })
     }
 
-    /// The accepted records, in order. A torn last line (the machine stopped while it was written) is cut off; any other
-    /// damage leaves a copy aside and the readable lines in place.
+    /// The accepted records, in order. A torn last line (the machine stopped while it was written) is moved aside; any other
+    /// damage leaves a copy of the whole aside and the readable lines in place.
     ///
     /// # Errors
     /// Code `state-read` or `state-write`.
@@ -301,35 +297,42 @@ impl Store {
             let torn = !line.ends_with(b"\n") && lines.peek().is_none();
             match serde_json::from_slice(line) {
                 Ok(record) if !torn => records.push(record),
-                _ if torn => {
-                    self.notes.push(format!(
-                        "the last line of {} was not written completely and was cut off; the coordinator will send it again",
-                        path.display()
-                    ));
-                    break;
-                }
+                _ if torn => break,
                 _ => damaged += 1,
             }
             whole += line.len();
         }
         if damaged > 0 {
-            let aside = self.aside("records.jsonl");
-            fs::copy(&path, &aside).map_err(|e| cannot_write(&aside, &e))?;
+            let aside = self.put_aside("records.jsonl", &bytes)?;
             self.notes.push(format!(
                 "{damaged} lines of {} were damaged and left out; a copy is kept as {}",
                 path.display(),
                 aside.display()
             ));
-            let mut text = Vec::new();
-            for record in &records {
-                push_line(&mut text, record);
-            }
-            self.replace("records.jsonl", &text)?;
+            self.replace_records(&records)?;
         } else if whole < bytes.len() {
+            let aside = self.put_aside("records.jsonl", &bytes[whole..])?;
+            self.notes.push(format!(
+                "the last line of {} was not written completely and is kept as {}; the coordinator will send it again",
+                path.display(),
+                aside.display()
+            ));
             let file = OpenOptions::new().write(true).open(&path).map_err(|e| cannot_write(&path, &e))?;
             file.set_len(whole as u64).and_then(|()| file.sync_all()).map_err(|e| cannot_write(&path, &e))?;
         }
         Ok(records)
+    }
+
+    /// Replaces all records.
+    ///
+    /// # Errors
+    /// Code `state-write`.
+    pub fn replace_records(&self, records: &[SignedRecord]) -> Result<(), Problem> {
+        let mut text = Vec::new();
+        for record in records {
+            push_line(&mut text, record);
+        }
+        self.replace("records.jsonl", &text)
     }
 
     /// A handle with which accepted records are appended from another thread.
@@ -358,14 +361,20 @@ impl Store {
         if let Ok(value) = serde_json::from_slice(&bytes) {
             return Ok(Read1::Good(value));
         }
-        let aside = self.aside(name);
+        let aside = self.path(&Self::aside(name));
         fs::rename(&path, &aside).map_err(|e| cannot_write(&aside, &e))?;
         self.notes.push(format!("{} was damaged; it is kept as {}", path.display(), aside.display()));
         Ok(Read1::KeptAside(aside))
     }
 
-    fn aside(&self, name: &str) -> PathBuf {
-        self.path(&format!("{name}.corrupt-{}", clock::wall()))
+    fn aside(name: &str) -> String {
+        format!("{name}.corrupt-{}", clock::wall())
+    }
+
+    fn put_aside(&self, name: &str, bytes: &[u8]) -> Result<PathBuf, Problem> {
+        let aside = Self::aside(name);
+        self.replace(&aside, bytes)?;
+        Ok(self.path(&aside))
     }
 
     fn write(&self, name: &str, value: &impl Serialize) -> Result<(), Problem> {
@@ -592,17 +601,19 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_last_line_is_cut_and_said() {
+    fn a_torn_last_line_is_kept_aside_and_said() {
         let dir = tempfile::tempdir().unwrap();
         let mut store = Store::open(dir.path()).unwrap();
         store.record_log().append(&[record(1), record(2)]).unwrap();
         let path = dir.path().join("records.jsonl");
         let whole = fs::read(&path).unwrap();
-        for cut in 1..whole.len() / 2 {
+        for cut in (1..whole.len() / 2).step_by(23) {
             fs::write(&path, &whole[..whole.len() - cut]).unwrap();
             store.notes.clear();
             assert_eq!(store.records().unwrap(), [record(1)], "cut {cut}");
-            assert_eq!(store.notes().len(), usize::from(fs::read(&path).unwrap().len() < whole.len() - cut));
+            // Cut exactly at the line's end, nothing is torn.
+            let torn = whole.len() - cut > fs::read(&path).unwrap().len();
+            assert_eq!(store.notes().len(), usize::from(torn));
             store.record_log().append(&[record(3)]).unwrap();
             assert_eq!(store.records().unwrap(), [record(1), record(3)]);
         }

@@ -127,7 +127,8 @@ impl Tun {
         }
         let named = |e: io::Error| match e.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EPERM | Errno::EACCES) => TunError::NotAllowed,
-            Some(Errno::ENOENT | Errno::ENODEV | Errno::ENXIO) => TunError::NoDevice,
+            // The last two: what is there is not the device (a file, or another device).
+            Some(Errno::ENOENT | Errno::ENODEV | Errno::ENXIO | Errno::ENOTTY | Errno::EISDIR) => TunError::NoDevice,
             Some(Errno::EBUSY | Errno::EEXIST) => TunError::NameTaken(name.into()),
             _ => TunError::Io(e),
         };
