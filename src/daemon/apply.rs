@@ -43,9 +43,9 @@ impl Surroundings {
         let mut names = BTreeMap::new();
         for index in addresses.iter().map(|a| a.index).chain(routes.iter().filter_map(|r| r.index)) {
             if let std::collections::btree_map::Entry::Vacant(entry) = names.entry(index)
-                && let Ok(Some(name)) = netlink.interface_name(index).await
+                && let Ok(Some(interface)) = netlink.interface(index).await
             {
-                entry.insert(name);
+                entry.insert(interface.name);
             }
         }
         Ok(Self { addresses, routes, names })

@@ -33,7 +33,7 @@ use crate::trust::names::dns_label;
 use crate::trust::record::{Invite, SignedRecord, member_ipv6};
 use crate::trust::token::{ClaimToken, InviteToken, Token};
 use crate::wire::control::{ToCoordinator, ToNode, refusal};
-use crate::wire::keys::{ControlKey, Digest32, InviteKey};
+use crate::wire::keys::{ControlKey, Digest32, NetworkId};
 use crate::wire::local::Problem;
 
 /// Proposals asked for when others are faster.
@@ -99,11 +99,10 @@ pub(super) struct Membership {
 /// Marks the token a node joined by, without its secret being recoverable.
 #[must_use]
 pub fn token_mark(token: &Token) -> Digest32 {
-    let (kind, secret): (&[u8], _) = match token {
-        Token::Claim(claim) => (b"claim", &claim.secret),
-        Token::Invite(invite) => (b"invite", &invite.secret),
-    };
-    Digest32::of(&[b"meshd token mark v1", kind, secret.expose()])
+    match token {
+        Token::Claim(claim) => claim_mark(claim),
+        Token::Invite(invite) => invite_mark(invite),
+    }
 }
 
 /// Makes this node a member, if it is not one, and reads what it needs to run.
@@ -599,21 +598,25 @@ fn coordinator_of(token: &Token) -> (&[String], ControlKey) {
     }
 }
 
-fn network_of(token: &Token, id: crate::wire::keys::NetworkId) -> Network {
+fn network_of(token: &Token, id: NetworkId) -> Network {
     let (urls, coordinator) = coordinator_of(token);
     Network { v: 1, network: id, urls: urls.to_vec(), coordinator, token: token_mark(token) }
 }
 
 fn claim_mark(claim: &ClaimToken) -> Digest32 {
-    Digest32::of(&[b"meshd token mark v1", b"claim", claim.secret.expose()])
+    mark(b"claim", &claim.secret)
 }
 
 fn invite_mark(invite: &InviteToken) -> Digest32 {
-    Digest32::of(&[b"meshd token mark v1", b"invite", invite.secret.expose()])
+    mark(b"invite", &invite.secret)
+}
+
+fn mark(kind: &[u8], secret: &Secret32) -> Digest32 {
+    Digest32::of(&[b"meshd token mark v1", kind, secret.expose()])
 }
 
 /// Everything in `records` that the chain supports.
-fn ledger_of(network: crate::wire::keys::NetworkId, records: &[SignedRecord]) -> Ledger {
+fn ledger_of(network: NetworkId, records: &[SignedRecord]) -> Ledger {
     let mut ledger = Ledger::new(network);
     for record in records {
         // What is refused leaves no trace; the planner says which and why.
@@ -651,12 +654,6 @@ pub(super) fn own_addresses(membership: &Membership) -> Result<(Vec<IpNet>, Stri
     let v4 = IpNet::new(IpAddr::V4(member.ipv4), genesis.ipv4.prefix_len());
     let v6 = IpNet::new(IpAddr::V6(member.ipv6), genesis.ipv6.prefix_len());
     Ok((v4.into_iter().chain(v6).collect(), genesis.name.clone()))
-}
-
-/// The key of an invite, for messages and tests.
-#[must_use]
-pub fn invite_of(token: &InviteToken) -> InviteKey {
-    founding::invite_key(&token.secret)
 }
 
 #[cfg(test)]

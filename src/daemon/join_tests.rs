@@ -6,7 +6,6 @@ use std::rc::Rc;
 
 use super::*;
 use crate::trust::founding::Terms;
-use crate::wire::keys::NetworkId;
 
 const WALL: UnixSeconds = 1_800_000_000;
 const COORDINATOR: ControlKey = ControlKey([0xc0; 32]);

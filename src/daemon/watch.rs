@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
 
-use crate::daemon::apply::{Surroundings, range_clash};
+use crate::daemon::apply::{MTU, Surroundings, range_clash};
 use crate::daemon::control_link::ControlHandle;
 use crate::daemon::health::Health;
 use crate::daemon::netcheck;
@@ -84,7 +84,30 @@ impl NetworkWatch {
                 }
                 Err(e) => tracing::warn!(code = e.code, "{}", e.text),
             }
+            self.look_at_own().await;
             self.changes.next().await;
+        }
+    }
+}
+
+impl NetworkWatch {
+    /// Somebody may have changed our own interface.
+    async fn look_at_own(&self) {
+        // One that is gone ends the daemon by way of the data thread.
+        let Ok(Some(own)) = self.netlink.interface(self.own).await else { return };
+        if own.up {
+            self.health.clear("interface-down");
+        } else {
+            // Its IPv6 address went with it, so switching it on again would not be enough.
+            let text = format!("the interface {} was switched off", own.name);
+            self.health.set("interface-down", Severity::Error, text, "`meshd down`, then `meshd up`, makes it anew");
+        }
+        if own.mtu == MTU {
+            self.health.clear("mtu-changed");
+        } else {
+            let text = format!("the MTU of {} was changed to {}; long packets may be lost", own.name, own.mtu);
+            let hint = format!("`sudo ip link set {} mtu {MTU}`", own.name);
+            self.health.set("mtu-changed", Severity::Warning, text, hint);
         }
     }
 }

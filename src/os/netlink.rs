@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use nix::errno::Errno;
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::AddressAttribute;
-use rtnetlink::packet_route::link::LinkAttribute;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
 use rtnetlink::{Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder};
 
@@ -42,6 +42,17 @@ pub struct Route {
     pub index: Option<u32>,
     /// Where to.
     pub prefix: IpNet,
+}
+
+/// An interface as it is now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// It is switched on.
+    pub up: bool,
+    /// The longest packet it takes, in bytes.
+    pub mtu: u32,
 }
 
 /// Why the IPv6 address could not be set although IPv4 works.
@@ -126,17 +137,22 @@ impl Netlink {
         Ok(note)
     }
 
-    /// Names of interfaces by number, for messages.
+    /// An interface by its number; `None` if it is gone.
     ///
     /// # Errors
     /// The kernel's answer could not be read.
-    pub async fn interface_name(&self, index: u32) -> io::Result<Option<String>> {
+    pub async fn interface(&self, index: u32) -> io::Result<Option<Interface>> {
         let mut stream = std::pin::pin!(self.handle.link().get().match_index(index).execute());
         let Some(message) = stream.try_next().await.map_err(other)? else { return Ok(None) };
-        Ok(message.attributes.iter().find_map(|a| match a {
-            LinkAttribute::IfName(name) => Some(name.clone()),
-            _ => None,
-        }))
+        let mut found = Interface { name: String::new(), up: message.header.flags.contains(LinkFlags::Up), mtu: 0 };
+        for attribute in &message.attributes {
+            match attribute {
+                LinkAttribute::IfName(name) => found.name.clone_from(name),
+                LinkAttribute::Mtu(mtu) => found.mtu = *mtu,
+                _ => {}
+            }
+        }
+        Ok(Some(found))
     }
 }
 
@@ -273,7 +289,7 @@ mod tests {
             return;
         };
         assert_eq!(loopback.address.prefix_len, 8);
-        assert_eq!(netlink.interface_name(loopback.index).await.unwrap().as_deref(), Some("lo"));
+        assert_eq!(netlink.interface(loopback.index).await.unwrap().unwrap().name, "lo");
         let routes = netlink.routes().await.unwrap();
         assert!(routes.iter().all(|r| r.prefix.prefix_len() > 0 && !r.prefix.addr().is_loopback()), "{routes:?}");
     }
