@@ -8,9 +8,11 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
-use meshd::link::{self, ControlLink, ControlReceiver, ControlSender, LinkError, RelayLink, Target, close};
+use meshd::link::{
+    self, ControlLink, ControlReceiver, ControlSender, LinkError, RelayLink, RelayReceiver, RelaySender, Target, close,
+};
 use meshd::os::clock::wall as now;
-use meshd::server::{Config, Server, Tls};
+use meshd::server::{Config, RelayLimits, Server, Tls};
 use meshd::trust::founding::{self, Terms};
 use meshd::trust::keys::{NodeKeys, Secret32};
 use meshd::trust::ledger::{Judge, Ledger};
@@ -20,6 +22,7 @@ use meshd::wire::control::{StunServer, ToCoordinator, ToNode, refusal};
 use meshd::wire::keys::{ControlKey, Digest32, NetworkId, WgKey};
 use meshd::wire::local::Problem;
 use meshd::wire::relay::{self, Frame, Frames};
+use meshd::wire::relay_udp::{self, HEADER, Header, Kind, Name, SessionKeys, Wish};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -47,7 +50,15 @@ struct Running {
 
 fn config(state_dir: &Path, tls: Tls) -> Config {
     let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-    Config { listen: any, stun: vec![any, any], public_url: None, state_dir: state_dir.to_owned(), store: None, tls }
+    Config {
+        listen: any,
+        stun: vec![any, any],
+        public_url: None,
+        state_dir: state_dir.to_owned(),
+        store: None,
+        tls,
+        relay: RelayLimits::default(),
+    }
 }
 
 async fn start_with(config: &Config) -> Running {
@@ -184,8 +195,9 @@ fn answers(message: &ToNode) -> Option<u64> {
         | ToNode::Joined { re }
         | ToNode::Welcome { re, .. }
         | ToNode::Published { re }
-        | ToNode::Pong { re, .. } => Some(*re),
-        ToNode::Log { .. } | ToNode::Presence { .. } => None,
+        | ToNode::Pong { re, .. }
+        | ToNode::RelayOpened { re, .. } => Some(*re),
+        ToNode::Log { .. } | ToNode::Presence { .. } | ToNode::RelayBudget { .. } => None,
     }
 }
 
@@ -536,4 +548,115 @@ async fn problems_of_a_start_are_said_and_change_nothing() {
     std::fs::remove_file(dir.path().join("store.db")).unwrap();
     let problem = within(Server::start(&config(dir.path(), Tls::Off))).await.unwrap_err();
     assert_eq!(problem.code, "store-missing");
+}
+
+// The relay by UDP: what the control link hands out works at the UDP port, and with a WebSocket at the other end.
+
+struct UdpNode {
+    socket: tokio::net::UdpSocket,
+    keys: SessionKeys,
+    session: u32,
+    counter: u64,
+}
+
+impl UdpNode {
+    async fn open(control: &mut Control) -> Self {
+        let ToNode::RelayOpened { session, secret, at, .. } = control.ask(|re| ToCoordinator::OpenRelay { re }).await
+        else {
+            panic!("no session");
+        };
+        let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        socket.connect((at[0].host.as_deref().unwrap_or("127.0.0.1"), at[0].port)).await.unwrap();
+        Self { socket, keys: secret.keys(), session, counter: 0 }
+    }
+
+    async fn send(&mut self, kind: Kind, name: Name, payload: &[u8]) {
+        self.counter += 1;
+        let mut datagram = [&[0; HEADER][..], payload].concat();
+        let header = Header { kind, counter: self.counter, session: self.session, name };
+        self.keys.up.seal(&header, &mut datagram);
+        self.socket.send(&datagram).await.unwrap();
+    }
+
+    async fn recv(&self) -> (Header, Vec<u8>) {
+        let mut buffer = [0; 2_048];
+        let len = within(self.socket.recv(&mut buffer)).await.unwrap();
+        assert!(self.keys.down.verify(&buffer[..len]));
+        (relay_udp::decode(&buffer[..len]).unwrap(), buffer[HEADER..len].to_vec())
+    }
+}
+
+/// Waits until the relay has taken a connection in.
+async fn joined(sender: &mut RelaySender, receiver: &mut RelayReceiver) {
+    let mut ping = Vec::new();
+    assert!(relay::encode(&Frame::Ping([1; 8]), &mut ping));
+    within(sender.send(ping)).await.unwrap();
+    let message = within(receiver.recv()).await.unwrap().unwrap();
+    assert_eq!(Frames::new(&message).next(), Some(Ok(Frame::Pong([1; 8]))));
+}
+
+#[tokio::test]
+async fn the_udp_relay_carries_between_members_and_to_websockets() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start(dir.path()).await;
+    let (network, mut control) = found(&server).await;
+    let founder = &network.admin;
+    let relay = founder.relay(&server).await;
+    let mut node = UdpNode::open(&mut control).await;
+    // To oneself, by the other carrier: both ends of one member.
+    let me = Name::of(&founder.wg());
+    let (mut sender, mut receiver) = relay.split();
+    joined(&mut sender, &mut receiver).await;
+    node.send(Kind::Send, me, b"by UDP").await;
+    let message = within(receiver.recv()).await.unwrap().unwrap();
+    let frames: Vec<_> = Frames::new(&message).map(Result::unwrap).collect();
+    assert_eq!(frames, [Frame::Recv { from: founder.wg(), payload: b"by UDP" }]);
+    node.send(Kind::Ping, Wish::DeliverHere.name(), &[9; 20]).await;
+    assert_eq!(node.recv().await.0.kind, Kind::Pong);
+    let mut out = Vec::new();
+    assert!(relay::encode(&Frame::Send { to: founder.wg(), payload: b"by WebSocket" }, &mut out));
+    within(sender.send(out)).await.unwrap();
+    let (header, payload) = node.recv().await;
+    assert_eq!((header.kind, header.name, payload.as_slice()), (Kind::Recv, me, &b"by WebSocket"[..]));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn strangers_get_no_session_and_neither_does_anybody_without_udp_ports() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = start_with(&Config { stun: Vec::new(), ..config(dir.path(), Tls::Off) }).await;
+    let mut stranger = Node::new().control(&server).await;
+    assert_eq!(code(&stranger.ask(|re| ToCoordinator::OpenRelay { re }).await), refusal::NO_NETWORK);
+    let (_, mut control) = found(&server).await;
+    assert_eq!(code(&control.ask(|re| ToCoordinator::OpenRelay { re }).await), refusal::NO_UDP_RELAY);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_the_relay_carried_survives_a_restart_and_nodes_hear_of_a_spent_budget() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = RelayLimits { rate: None, monthly: Some(1_000) };
+    let limited = Config { relay: limits, ..config(dir.path(), Tls::Off) };
+    let server = start_with(&limited).await;
+    let (network, mut control) = found(&server).await;
+    let founder = &network.admin;
+    control.hello().await;
+    let (mut sender, mut receiver) = founder.relay(&server).await.split();
+    joined(&mut sender, &mut receiver).await;
+    let mut out = Vec::new();
+    assert!(relay::encode(&Frame::Send { to: founder.wg(), payload: &[4; 1_200] }, &mut out));
+    within(sender.send(out)).await.unwrap();
+    within(receiver.recv()).await.unwrap().unwrap();
+    let told = |message| match message {
+        ToNode::RelayBudget { spent, renewed } => Some((spent, renewed)),
+        _ => None,
+    };
+    let (spent, renewed) = control.until(told).await;
+    assert!(spent && renewed > now());
+    server.stop().await;
+    let again = start_with(&limited).await;
+    let mut control = founder.control(&again).await;
+    control.hello().await;
+    assert_eq!(control.until(told).await, (true, renewed));
+    again.stop().await;
 }

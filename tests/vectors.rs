@@ -21,6 +21,7 @@ use meshd::trust::token::{ClaimToken, InviteToken, Token};
 use meshd::wire::control::{StunServer, ToCoordinator, ToNode, log_head, refusal};
 use meshd::wire::keys::{ControlKey, Digest32, NetworkId, WgKey};
 use meshd::wire::relay::{self, Frame, Frames};
+use meshd::wire::relay_udp::SessionSecret;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
@@ -136,6 +137,7 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         ToCoordinator::Hello { re: 4, version: "0.1.0".into(), have: 4, head },
         ToCoordinator::Publish { re: 5, records: records[2..3].to_vec() },
         ToCoordinator::Ping { re: u64::MAX },
+        ToCoordinator::OpenRelay { re: 6 },
     ]
 }
 
@@ -164,19 +166,32 @@ fn to_node() -> Vec<ToNode> {
             re: 4,
             version: "0.1.0".into(),
             now: NOW,
-            stun,
+            stun: stun.clone(),
             observed: Some("203.0.113.7".parse().unwrap()),
         },
         ToNode::Log { from: 3, records: records[3..].to_vec(), head, end: true },
         ToNode::Published { re: 5 },
         ToNode::Presence { full: true, online: vec![WgKey([7; 32])], offline: vec![WgKey([8; 32])] },
         ToNode::Pong { re: 6, now: NOW },
+        ToNode::RelayOpened { re: 7, session: 258, secret: SessionSecret::new([0xa5; 32]), at: stun },
+        ToNode::RelayBudget { spent: true, renewed: NOW + 86_400 },
     ]
 }
 
 /// A new message fails to compile here until it has a name, and the test until it has a vector.
-const TO_COORDINATOR: [&str; 6] = ["found", "propose", "redeem", "hello", "publish", "ping"];
-const TO_NODE: [&str; 8] = ["refused", "proposal", "joined", "welcome", "log", "published", "presence", "pong"];
+const TO_COORDINATOR: [&str; 7] = ["found", "propose", "redeem", "hello", "publish", "ping", "open-relay"];
+const TO_NODE: [&str; 10] = [
+    "refused",
+    "proposal",
+    "joined",
+    "welcome",
+    "log",
+    "published",
+    "presence",
+    "pong",
+    "relay-opened",
+    "relay-budget",
+];
 
 fn name_to_coordinator(message: &ToCoordinator) -> &'static str {
     match message {
@@ -186,6 +201,7 @@ fn name_to_coordinator(message: &ToCoordinator) -> &'static str {
         ToCoordinator::Hello { .. } => "hello",
         ToCoordinator::Publish { .. } => "publish",
         ToCoordinator::Ping { .. } => "ping",
+        ToCoordinator::OpenRelay { .. } => "open-relay",
     }
 }
 
@@ -199,6 +215,8 @@ fn name_to_node(message: &ToNode) -> &'static str {
         ToNode::Published { .. } => "published",
         ToNode::Presence { .. } => "presence",
         ToNode::Pong { .. } => "pong",
+        ToNode::RelayOpened { .. } => "relay-opened",
+        ToNode::RelayBudget { .. } => "relay-budget",
     }
 }
 
@@ -213,6 +231,7 @@ fn relay_frames() -> Vec<(&'static str, Vec<Frame<'static>>)> {
         ("gone", vec![Frame::Gone { peer: a }]),
         ("ping", vec![ping]),
         ("pong", vec![pong]),
+        ("here", vec![Frame::Here]),
         ("several", vec![send, ping, recv]),
     ]
 }
@@ -282,6 +301,7 @@ fn decode_relay(wire: &[u8]) -> Value {
             Frame::Gone { peer } => json!({ "type": "gone", "peer": peer }),
             Frame::Ping(nonce) => json!({ "type": "ping", "nonce": hex(&nonce) }),
             Frame::Pong(nonce) => json!({ "type": "pong", "nonce": hex(&nonce) }),
+            Frame::Here => json!({ "type": "here" }),
         })
         .collect()
 }
@@ -404,6 +424,7 @@ fn decode_all(bytes: &[u8]) {
             Frame::Send { payload, .. } | Frame::Recv { payload, .. } => relay::OVERHEAD + payload.len(),
             Frame::Gone { .. } => relay::OVERHEAD,
             Frame::Ping(_) | Frame::Pong(_) => relay::HEADER + 8,
+            Frame::Here => relay::HEADER,
         })
         .sum();
     assert!(consumed <= bytes.len());

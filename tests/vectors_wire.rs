@@ -1,4 +1,4 @@
-//! Golden bytes: what STUN, path probes and sealed peer messages look like on the wire.
+//! Golden bytes: what STUN, path probes, sealed peer messages and relay datagrams look like on the wire.
 //!
 //! `tests/vectors/<protocol>/v<N>/<message>.hex` holds the bytes, the `.json` beside it what they say. Old bytes must
 //! decode for as long as their version is supported, and today's values must encode to today's bytes. To change a vector
@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use meshd::trust::keys::{NodeKeys, Secret32};
 use meshd::wire::keys::WgKey;
 use meshd::wire::probe::{self, Candidate, CandidateKind, MessageKind, PeerMessage, ProbeKeys};
+use meshd::wire::relay_udp::{self, HEADER, Header, Kind, Name, SessionSecret, Wish};
 use meshd::wire::stun::{self, Change, ServerLayout, TransactionId};
 use serde_json::{Value, json};
 
@@ -191,5 +192,33 @@ fn sealed_v1() {
         let sealed = golden(&format!("sealed/v1/{name}"), &probe::seal(&one, &message, NONCE), &says);
         assert_eq!(probe::sealed_name(&sealed), Some(two.inbound_name()));
         assert_eq!(probe::open(&two, &sealed), Ok(message));
+    }
+}
+
+#[test]
+fn relay_udp_v1() {
+    let keys = SessionSecret::new(std::array::from_fn(|i| u8::try_from(i).expect("32 are few"))).keys();
+    let (peer, session) = (Name::of(&node(2).1), 0x0001_0203);
+    let data = [&[4, 0, 0, 0, 9, 9, 9, 9, 1, 0, 0, 0, 0, 0, 0, 0][..], &[0x77; 16]].concat();
+    let cases: [(&str, Kind, u64, Name, &[u8]); 6] = [
+        ("send", Kind::Send, 1, peer, &data),
+        ("send-empty", Kind::Send, relay_udp::MAX_COUNTER, peer, &[]),
+        ("recv", Kind::Recv, 2, peer, &data),
+        ("gone", Kind::Gone, 3, peer, &[]),
+        ("ping", Kind::Ping, 4, Wish::DeliverHere.name(), b"12345678 and padding"),
+        ("pong", Kind::Pong, 5, Wish::DeliverElsewhere.name(), b"12345678"),
+    ];
+    for (file, kind, counter, name, payload) in cases {
+        let header = Header { kind, counter, session, name };
+        let key = if matches!(kind, Kind::Send | Kind::Ping) { &keys.up } else { &keys.down };
+        let mut datagram = [&[0; HEADER][..], payload].concat();
+        key.seal(&header, &mut datagram);
+        let says = json!({
+            "kind": format!("{kind:?}"), "counter": counter, "session": session, "name": hex(&name.0).trim_end(),
+            "secret": "00 01 02 … 1f", "payload": hex(payload).trim_end(),
+        });
+        let committed = golden(&format!("relay-udp/v1/{file}"), &datagram, &says);
+        assert_eq!(relay_udp::decode(&committed), Ok(header));
+        assert!(key.verify(&committed));
     }
 }

@@ -14,7 +14,7 @@ use tracing_subscriber::EnvFilter;
 use crate::cli::Global;
 use crate::cli::error::CliError;
 use crate::os::process;
-use crate::server::{Config, Server, Tls, admin, state_dir, store};
+use crate::server::{Config, RelayLimits, Server, Tls, admin, state_dir, store};
 use crate::wire::version;
 
 /// Options of `meshd coordinator`.
@@ -122,6 +122,7 @@ impl Args {
             state_dir: self.state_dir(),
             store: self.store.as_deref().map(store::path_from_url).transpose()?,
             tls,
+            relay: RelayLimits::default(),
         })
     }
 

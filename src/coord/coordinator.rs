@@ -104,6 +104,8 @@ pub struct Coordinator {
     presence: Presence,
     reservations: Reservations,
     joins: SourceLimiter,
+    /// The relay's budget is spent until then.
+    relay_spent: Option<UnixSeconds>,
     outputs: VecDeque<Output>,
     now: Now,
 }
@@ -157,6 +159,7 @@ impl Coordinator {
             presence: Presence::default(),
             reservations: Reservations::new(limits.reservation, limits.reservations),
             joins: SourceLimiter::new(limits.joins, Grain::HOST, limits.sources),
+            relay_spent: None,
             outputs,
             now: Now::ZERO,
             config,
@@ -172,6 +175,7 @@ impl Coordinator {
             Input::Closed(conn) => self.forget(conn),
             Input::Drained(conn) => self.resume(conn),
             Input::Persisted { ticket, ok } => self.persisted(ticket, ok),
+            Input::RelayBudget { spent, renewed } => self.relay_budget(spent, renewed),
         }
     }
 
@@ -269,6 +273,7 @@ impl Coordinator {
             ToCoordinator::Hello { re, version: _, have, head } => {
                 (re, self.hello(conn, key, re, have, head, wall).map(|()| None))
             }
+            ToCoordinator::OpenRelay { re } => (re, self.open_relay(conn, key, re).map(|()| None)),
             ToCoordinator::Publish { re, records } => (re, self.publish(conn, key, re, &records, wall).map(|()| None)),
         };
         match result {
@@ -331,6 +336,22 @@ impl Coordinator {
     fn limited(&mut self, from: Option<IpAddr>) -> Result<(), Refused> {
         let from = from.unwrap_or(IpAddr::V6(Ipv6Addr::UNSPECIFIED));
         if self.joins.allow(from, self.now) { Ok(()) } else { Err(Refused::rate_limited()) }
+    }
+
+    // The relay.
+
+    fn open_relay(&mut self, conn: ConnId, key: ControlKey, re: u64) -> Result<(), Refused> {
+        let wg = self.expect_member(&key)?.wg;
+        self.outputs.push_back(Output::OpenRelay { conn, re, wg });
+        Ok(())
+    }
+
+    fn relay_budget(&mut self, spent: bool, renewed: UnixSeconds) {
+        let before = std::mem::replace(&mut self.relay_spent, spent.then_some(renewed));
+        if before.is_some() != spent {
+            let listeners: Vec<ConnId> = self.listeners.iter().copied().collect();
+            listeners.into_iter().for_each(|conn| self.send(conn, ToNode::RelayBudget { spent, renewed }));
+        }
     }
 
     // Who is who.

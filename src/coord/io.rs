@@ -45,6 +45,13 @@ pub enum Input {
         /// Stored for good.
         ok: bool,
     },
+    /// Whether the relay's budget is spent.
+    RelayBudget {
+        /// It is.
+        spent: bool,
+        /// When it is renewed.
+        renewed: UnixSeconds,
+    },
 }
 
 /// What the coordinator wants done.
@@ -88,6 +95,15 @@ pub enum Output {
         /// Noise key.
         control: ControlKey,
         /// Relay address.
+        wg: WgKey,
+    },
+    /// A member wants a session at the relay's UDP port: answer it on this connection, `RelayOpened` or `Refused`.
+    OpenRelay {
+        /// Which.
+        conn: ConnId,
+        /// The request's number.
+        re: u64,
+        /// Whose session.
         wg: WgKey,
     },
 }

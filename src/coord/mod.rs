@@ -8,7 +8,10 @@ pub mod io;
 pub mod limits;
 mod presence;
 mod refusals;
+pub mod relay_budget;
 pub mod relay_hub;
+pub mod relay_sched;
+pub mod relay_table;
 mod reservations;
 mod writes;
 

@@ -124,7 +124,8 @@ const fn asked(request: &ToCoordinator) -> u64 {
         | ToCoordinator::Redeem { re, .. }
         | ToCoordinator::Hello { re, .. }
         | ToCoordinator::Publish { re, .. }
-        | ToCoordinator::Ping { re } => *re,
+        | ToCoordinator::Ping { re }
+        | ToCoordinator::OpenRelay { re } => *re,
     }
 }
 
@@ -135,7 +136,8 @@ const fn answered(message: &ToNode) -> Option<u64> {
         | ToNode::Joined { re }
         | ToNode::Welcome { re, .. }
         | ToNode::Published { re }
-        | ToNode::Pong { re, .. } => Some(*re),
-        ToNode::Log { .. } | ToNode::Presence { .. } => None,
+        | ToNode::Pong { re, .. }
+        | ToNode::RelayOpened { re, .. } => Some(*re),
+        ToNode::Log { .. } | ToNode::Presence { .. } | ToNode::RelayBudget { .. } => None,
     }
 }

@@ -292,7 +292,7 @@ impl Keeper {
                         let _ = tell.send(sent.elapsed());
                     }
                 }
-                Ok(Frame::Send { .. }) | Err(_) => self.drops.count(Drop::Junk),
+                Ok(Frame::Send { .. } | Frame::Here) | Err(_) => self.drops.count(Drop::Junk),
             }
         }
         if delivered {

@@ -12,6 +12,7 @@ pub mod clock;
 pub mod lock;
 pub mod netlink;
 pub mod process;
+pub mod segments;
 pub mod tun;
 pub mod udp;
 pub mod wake;

@@ -65,6 +65,24 @@ pub enum SendError {
     Refused(i32),
 }
 
+impl SendError {
+    /// What an error of a send means.
+    pub(super) const fn of(errno: Errno) -> Self {
+        match errno {
+            Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM => Self::Full,
+            Errno::EMSGSIZE => Self::TooBig,
+            Errno::ENETUNREACH
+            | Errno::EHOSTUNREACH
+            | Errno::ENETDOWN
+            | Errno::EADDRNOTAVAIL
+            | Errno::EAFNOSUPPORT
+            | Errno::ENODEV
+            | Errno::ENONET => Self::Unreachable,
+            errno => Self::Refused(errno as i32),
+        }
+    }
+}
+
 impl UdpSockets {
     /// Opens the sockets on `port`, or with 0 on `kept` if it is free, or else on a random port of [`PORTS`].
     ///
@@ -159,18 +177,7 @@ impl UdpSockets {
                     // Whatever it says, the send is tried once more.
                     let _ = poll(&mut wait, PollTimeout::from(SEND_PATIENCE_MS));
                 }
-                Some(Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM) => return Err(SendError::Full),
-                Some(Errno::EMSGSIZE) => return Err(SendError::TooBig),
-                Some(
-                    Errno::ENETUNREACH
-                    | Errno::EHOSTUNREACH
-                    | Errno::ENETDOWN
-                    | Errno::EADDRNOTAVAIL
-                    | Errno::EAFNOSUPPORT
-                    | Errno::ENODEV
-                    | Errno::ENONET,
-                ) => return Err(SendError::Unreachable),
-                errno => return Err(SendError::Refused(errno.map_or(0, |e| e as i32))),
+                errno => return Err(errno.map_or(SendError::Refused(0), SendError::of)),
             }
         }
     }

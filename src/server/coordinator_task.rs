@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use rand::Rng as _;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
@@ -17,10 +18,12 @@ use crate::coord::io::{ConnId, Input, Output};
 use crate::os::clock;
 use crate::server::relay_conn::Relay;
 use crate::server::store::{Store, WriteError};
+use crate::server::udp_relay::BudgetState;
 use crate::trust::record::SignedRecord;
-use crate::wire::control::{ToCoordinator, ToNode};
-use crate::wire::keys::ControlKey;
+use crate::wire::control::{StunServer, ToCoordinator, ToNode, refusal};
+use crate::wire::keys::{ControlKey, WgKey};
 use crate::wire::local::Problem;
+use crate::wire::relay_udp::SessionSecret;
 
 /// Inputs of all connections that wait for the coordinator.
 const INPUTS: usize = 1_024;
@@ -108,17 +111,25 @@ pub(super) struct CoordinatorTask {
     coordinator: Coordinator,
     store: Store,
     relay: Arc<Relay>,
+    relay_at: Vec<StunServer>,
+    budget: watch::Receiver<BudgetState>,
     commands: mpsc::Receiver<Command>,
     facts: watch::Sender<Facts>,
 }
 
 impl CoordinatorTask {
-    /// The task, and how to reach it.
-    pub(super) fn new(coordinator: Coordinator, store: Store, relay: Arc<Relay>) -> (Self, Handle) {
+    /// The task, and how to reach it. `relay_at` is where nodes reach the relay by UDP.
+    pub(super) fn new(
+        coordinator: Coordinator,
+        store: Store,
+        relay: Arc<Relay>,
+        relay_at: Vec<StunServer>,
+        budget: watch::Receiver<BudgetState>,
+    ) -> (Self, Handle) {
         let (sender, commands) = mpsc::channel(INPUTS);
         let (facts, watch) = watch::channel(Facts::default());
         let handle = Handle { commands: sender, next: Arc::new(AtomicU64::new(1)), facts: watch };
-        (Self { coordinator, store, relay, commands, facts }, handle)
+        (Self { coordinator, store, relay, relay_at, budget, commands, facts }, handle)
     }
 
     /// Runs until every [`Handle`] and [`Registration`] is gone and what was being stored is stored.
@@ -131,12 +142,14 @@ impl CoordinatorTask {
         let driver = Driver {
             coordinator: self.coordinator,
             relay: self.relay,
+            relay_at: self.relay_at,
             facts: self.facts,
             outboxes: BTreeMap::new(),
             jobs,
             writing: false,
         };
-        let (stored, ()) = tokio::join!(write(self.store, queue, done), driver.run(self.commands, results));
+        let (stored, ()) =
+            tokio::join!(write(self.store, queue, done), driver.run(self.commands, results, self.budget));
         stored
     }
 }
@@ -175,6 +188,7 @@ async fn write(mut store: Store, mut jobs: mpsc::Receiver<Job>, done: mpsc::Send
 struct Driver {
     coordinator: Coordinator,
     relay: Arc<Relay>,
+    relay_at: Vec<StunServer>,
     facts: watch::Sender<Facts>,
     outboxes: BTreeMap<ConnId, mpsc::Sender<ToConn>>,
     jobs: mpsc::Sender<Job>,
@@ -182,7 +196,12 @@ struct Driver {
 }
 
 impl Driver {
-    async fn run(mut self, mut commands: mpsc::Receiver<Command>, mut results: mpsc::Receiver<Input>) {
+    async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Command>,
+        mut results: mpsc::Receiver<Input>,
+        mut budget: watch::Receiver<BudgetState>,
+    ) {
         let mut open = true;
         loop {
             self.act();
@@ -203,6 +222,10 @@ impl Driver {
                     // The store is given up; its task says why.
                     None => return,
                 },
+                Ok(()) = budget.changed() => {
+                    let BudgetState { spent, renewed } = *budget.borrow_and_update();
+                    self.coordinator.handle(Input::RelayBudget { spent, renewed }, clock::now());
+                }
                 () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {
                     self.coordinator.handle_timeout(clock::now());
                 }
@@ -242,10 +265,34 @@ impl Driver {
                 }
                 Output::RelayAdmit { control, wg } => self.relay.admit(control, wg),
                 Output::RelayExpel { control, wg } => self.relay.expel(&control, &wg),
+                Output::OpenRelay { conn, re, wg } => self.open_relay(conn, re, wg),
             }
         }
         let facts = Facts { network: self.coordinator.ledger().is_some() };
         self.facts.send_if_modified(|old| std::mem::replace(old, facts) != facts);
+    }
+
+    /// Answers once the relay's thread has begun the session.
+    fn open_relay(&self, conn: ConnId, re: u64, wg: WgKey) {
+        let Some(outbox) = self.outboxes.get(&conn).cloned() else { return };
+        let (relay, at) = (Arc::clone(&self.relay), self.relay_at.clone());
+        tokio::spawn(async move {
+            let mut bytes = [0; 32];
+            rand::rng().fill_bytes(&mut bytes);
+            let secret = SessionSecret::new(bytes);
+            let message = match relay.open(wg, secret.clone()).await {
+                Some(session) => ToNode::RelayOpened { re, session, secret, at },
+                None => ToNode::Refused {
+                    re,
+                    code: refusal::NO_UDP_RELAY.to_owned(),
+                    text: "this coordinator does not relay by UDP".to_owned(),
+                    hint: "the relay's WebSocket works without; `--stun-listen` gives the coordinator UDP ports"
+                        .to_owned(),
+                },
+            };
+            // A full outbox means that the node does not take its messages; it asks again when it needs the session.
+            let _ = outbox.try_send(ToConn::Message(Box::new(message)));
+        });
     }
 
     fn hand_over(&mut self, conn: ConnId, what: ToConn) {

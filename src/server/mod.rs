@@ -8,8 +8,11 @@
 //! | task | runs | ends |
 //! |---|---|---|
 //! | `listener` | accepts TCP; one task a connection | on stop, with its connections |
-//! | `stun N` | one for each UDP socket | on stop |
+//! | `relay` | watches the thread that forwards, and keeps what it carried on disk | on stop, with the thread |
 //! | `coordinator` | [`crate::coord::Coordinator`], and the store's writer | when the last connection is gone |
+//!
+//! The UDP sockets and all relayed packets are one thread's, `meshd-forward` ([`udp_relay`]): it must not wait for
+//! anything else.
 //!
 //! # Stop
 //! The listener closes its port and tells every connection why; the coordinator's task ends when they are gone and what
@@ -22,16 +25,20 @@ pub mod admin;
 mod control_conn;
 mod coordinator_task;
 mod listener;
+mod packet_store;
 mod relay_conn;
 pub mod state_dir;
 pub mod store;
 mod stun_socket;
 pub mod tls;
+mod udp_relay;
 
 pub use relay_conn::{Relay, RelayCounters};
 pub use tls::Tls;
+pub use udp_relay::RelayLimits;
 
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,17 +46,18 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 
 use crate::coord::{self, Coordinator};
 use crate::link;
 use crate::os::lock::DirLock;
+use crate::os::segments::SegmentSocket;
 use crate::server::coordinator_task::CoordinatorTask;
 use crate::server::listener::App;
 use crate::server::state_dir::{Secrets, StateDir};
 use crate::server::store::Store;
-use crate::server::stun_socket::StunSockets;
+use crate::server::udp_relay::{Carried, ForwarderHandle};
 use crate::trust::ledger::{Judge, Ledger};
 use crate::trust::record::SignedRecord;
 use crate::wire::control::StunServer;
@@ -59,13 +67,15 @@ use crate::wire::version;
 
 /// A stop takes at most this long.
 pub const STOP_DEADLINE: Duration = Duration::from_secs(2);
+/// How often what the relay carried is kept on disk. A crash forgets at most so much of it.
+const KEEP_USAGE: Duration = Duration::from_secs(60);
 
 /// How a coordinator is set up.
 #[derive(Debug, Clone)]
 pub struct Config {
     /// TCP address and port; port 0 takes any.
     pub listen: SocketAddr,
-    /// UDP addresses and ports for STUN.
+    /// UDP addresses and ports for STUN and the relay.
     pub stun: Vec<SocketAddr>,
     /// What tokens carry; without it one is derived from `listen`.
     pub public_url: Option<String>,
@@ -75,6 +85,8 @@ pub struct Config {
     pub store: Option<PathBuf>,
     /// TLS on the TCP port.
     pub tls: Tls,
+    /// What the relay may carry.
+    pub relay: RelayLimits,
 }
 
 /// A coordinator whose tasks are running. Dropping it cuts everything off; [`Server::run_until`] stops it properly.
@@ -105,7 +117,8 @@ impl Server {
 
         let tcp = listener::bind(config.listen)?;
         let listen = tcp.local_addr().map_err(|e| state_dir::unusable(dir.path(), &e))?;
-        let stun = StunSockets::bind(&config.stun)?;
+        let sockets = stun_socket::bind(&config.stun)?;
+        let stun: Vec<SocketAddr> = sockets.iter().map(SegmentSocket::bound).collect();
         let public_url = admin::PublicUrl::decide(config.public_url.as_deref(), listen, config.tls != Tls::Off)?;
         let tls = config.tls.server_config(&dir, &public_url.host)?.map(TlsAcceptor::from);
         dir.keep_public_url(&public_url.url)?;
@@ -115,15 +128,18 @@ impl Server {
         let coordinator = Coordinator::new(
             coord::Config {
                 version: version::PROGRAM.to_owned(),
-                stun: offered(&stun.addresses()),
+                stun: offered(&stun),
                 claim: claim_open.then(|| coord::claim_digest(secrets.claim.expose())),
                 limits: coord::Limits::default(),
             },
             ledger,
         );
 
-        let relay = Arc::new(Relay::default());
-        let (task, handle) = CoordinatorTask::new(coordinator, store, Arc::clone(&relay));
+        let relay = Arc::new(Relay::new().map_err(|e| no_resources(&e))?);
+        let forwarder = udp_relay::start(Arc::clone(&relay), sockets, config.relay, dir.relay_usage());
+        let ForwarderHandle { budget, carried, mut ended, stop: stop_forwarder } =
+            forwarder.map_err(|e| no_resources(&e))?;
+        let (task, handle) = CoordinatorTask::new(coordinator, store, Arc::clone(&relay), offered(&stun), budget);
         let app = Arc::new(App {
             secret: secrets.key,
             coordinator: handle,
@@ -134,18 +150,27 @@ impl Server {
         let (stop, stopping) = watch::channel(false);
         let mut tasks = JoinSet::new();
         tasks.spawn(async move { ("coordinator".to_owned(), task.run().await) });
-        for (index, address) in stun.addresses().into_iter().enumerate() {
-            let serve = Arc::clone(&stun).serve(index, stopping.clone());
-            tasks.spawn(async move {
-                serve.await;
-                (format!("stun {address}"), Ok(()))
-            });
-        }
+        let mut stopped = stopping.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                // The thread says why in the log.
+                _ = &mut ended => {}
+                () = keep_usage(&dir, &carried) => {}
+                _ = stopped.changed() => {}
+            }
+            drop(stop_forwarder);
+            // It fails when the thread is gone.
+            let _ = ended.await;
+            if let Err(e) = dir.keep_relay_usage(carried.get()) {
+                tracing::warn!(code = e.code, "{}", e.text);
+            }
+            ("relay".to_owned(), Ok(()))
+        });
         tasks.spawn(async move {
             listener::serve(tcp, tls, app, stopping).await;
             ("listener".to_owned(), Ok(()))
         });
-        Ok(Self { listen, stun: stun.addresses(), public_url, key, claim, relay, tasks, stop, _lock: lock })
+        Ok(Self { listen, stun, public_url, key, claim, relay, tasks, stop, _lock: lock })
     }
 
     /// The TCP address.
@@ -225,6 +250,29 @@ fn crashed(why: &str) -> Problem {
         code: "coordinator-failed".into(),
         text: format!("the coordinator had to stop: {why}"),
         hint: "start it again; what was answered is stored. If it happens again, please report it".into(),
+    }
+}
+
+fn no_resources(e: &io::Error) -> Problem {
+    Problem {
+        code: "resources".into(),
+        text: format!("the relay cannot start: {e}"),
+        hint: "see `ulimit -a`: threads and open files are what it needs".into(),
+    }
+}
+
+/// Keeps what the relay carried on disk, for ever.
+async fn keep_usage(dir: &StateDir, carried: &Carried) {
+    let mut kept = carried.get();
+    loop {
+        sleep(KEEP_USAGE).await;
+        let now = carried.get();
+        if now != kept {
+            match dir.keep_relay_usage(now) {
+                Ok(()) => kept = now,
+                Err(e) => tracing::warn!(code = e.code, "{}", e.text),
+            }
+        }
     }
 }
 

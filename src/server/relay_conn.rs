@@ -1,19 +1,22 @@
-//! The relay: frames from one member's connection to another's, by key, never looked into.
+//! The relay's WebSocket connections, and what they share with the thread that forwards ([`crate::server::udp_relay`]).
 //!
-//! Each connection has one bounded queue of what is to be sent to it, already encoded, in batches that each become one
-//! WebSocket message. What does not fit is dropped, newest first: a relay that buffers turns loss into latency.
+//! A connection's task reads frames into the [`Inbox`] and sends what the thread puts into the connection's [`Queue`]: both
+//! are bounded and drop the newest, because a relay that buffers turns loss into latency. Frames are never looked into.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, oneshot, watch};
 
-use crate::coord::relay_hub::{Delivery, RelayConn, RelayHub};
+use crate::coord::relay_hub::{RelayConn, RelayHub};
 use crate::link::{LinkError, RelayLink, RelayReceiver, RelaySender, close};
+use crate::os::wake::Wake;
 use crate::wire::keys::{ControlKey, WgKey};
 use crate::wire::relay::{self, Frame, Frames};
+use crate::wire::relay_udp::SessionSecret;
 
 /// Frames queued to one connection.
 pub(super) const QUEUE_FRAMES: usize = 512;
@@ -21,25 +24,67 @@ pub(super) const QUEUE_FRAMES: usize = 512;
 pub(super) const QUEUE_BYTES: usize = 512 << 10;
 /// Bytes after which a batch is full.
 const BATCH: usize = 64 << 10;
+/// Bytes of frames of all connections that wait for the thread.
+const INBOX_BYTES: usize = 2 << 20;
 
-/// The relay's members, connections and counters, shared by all connections.
-#[derive(Debug, Default)]
+/// The relay's members and connections, and what waits for its thread.
+#[derive(Debug)]
 pub struct Relay {
     state: RwLock<State>,
     next: AtomicU64,
-    /// What became of frames.
+    inbox: Mutex<Inbox>,
+    wake: Wake,
+    /// What became of packets.
     pub counters: RelayCounters,
 }
 
-/// What became of Send frames, since the start.
-#[derive(Debug, Default)]
-pub struct RelayCounters {
-    /// Queued to the receiver.
-    pub forwarded: AtomicU64,
-    /// Dropped: the receiver's queue was full.
-    pub queue_full: AtomicU64,
-    /// Dropped, and the sender told: the receiver has no connection.
-    pub not_connected: AtomicU64,
+macro_rules! counters {
+    ($($(#[doc = $doc:literal])+ $name:ident),+ $(,)?) => {
+        /// What became of packets, since the start. Each packet that is dropped counts in exactly one of them.
+        #[derive(Debug, Default)]
+        pub struct RelayCounters {
+            $($(#[doc = $doc])+ pub $name: AtomicU64),+
+        }
+
+        impl RelayCounters {
+            /// Names and values, in this order.
+            #[must_use]
+            pub fn all(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name.load(Ordering::Relaxed))),+]
+            }
+        }
+    };
+}
+
+counters! {
+    /// Sent to the receiver by UDP.
+    forwarded_udp,
+    /// Queued to the receiver's WebSocket connection.
+    forwarded_websocket,
+    /// Bytes of both, as relay datagrams.
+    forwarded_bytes,
+    /// Dropped: the pair of sender and receiver has its share of the room waiting already.
+    pair_full,
+    /// Dropped: no room at all is left.
+    relay_full,
+    /// Dropped: the queue of the receiver's connection is full.
+    queue_full,
+    /// Dropped: frames came faster from all connections than they are forwarded.
+    inbox_full,
+    /// Dropped: the budget of the month is spent.
+    over_budget,
+    /// Dropped, and the sender told: the receiver is not connected.
+    not_connected,
+    /// Dropped: the system refused the datagram.
+    send_failed,
+    /// Dropped: no relay datagram, or of a kind that nodes do not send.
+    malformed,
+    /// Dropped: a relay datagram of no session.
+    unknown_session,
+    /// Dropped: a relay datagram whose tag is wrong.
+    bad_tag,
+    /// Dropped: a relay datagram seen before, or too old to tell.
+    replayed,
 }
 
 #[derive(Debug, Default)]
@@ -49,10 +94,65 @@ struct State {
     queues: BTreeMap<RelayConn, Arc<Queue>>,
 }
 
+/// What the relay's thread is told.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// A member may use the relay.
+    Admit(WgKey),
+    /// A member is out.
+    Expel(WgKey),
+    /// The connection that a member is reached by.
+    Connection(WgKey, Option<Arc<Queue>>),
+    /// A member wants to be delivered to by its connection.
+    Here(WgKey),
+    /// Begin a session at the UDP port; answered with its number.
+    Open(WgKey, SessionSecret, oneshot::Sender<Option<u32>>),
+}
+
+/// What waits for the relay's thread.
+#[derive(Debug, Default)]
+pub(super) struct Inbox {
+    /// In order; all of them before the frames.
+    pub(super) commands: Vec<Command>,
+    /// Frames: sender, receiver, and the length of the payload in `bytes`.
+    pub(super) frames: Vec<(WgKey, WgKey, usize)>,
+    /// Payloads, back to back.
+    pub(super) bytes: Vec<u8>,
+}
+
+impl Inbox {
+    const fn is_empty(&self) -> bool {
+        self.commands.is_empty() && self.frames.is_empty()
+    }
+
+    fn clear(&mut self) {
+        self.commands.clear();
+        self.frames.clear();
+        self.bytes.clear();
+    }
+}
+
 impl Relay {
+    /// A relay without members.
+    ///
+    /// # Errors
+    /// No file descriptor is left.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            state: RwLock::default(),
+            next: AtomicU64::new(0),
+            inbox: Mutex::default(),
+            wake: Wake::new()?,
+            counters: RelayCounters::default(),
+        })
+    }
+
     /// A member may use the relay from now on.
     pub fn admit(&self, control: ControlKey, wg: WgKey) {
-        self.state.write().members.insert(control, wg);
+        let mut state = self.state.write();
+        state.members.insert(control, wg);
+        // Under the lock, so that the thread hears of changes in their order.
+        self.tell(Command::Admit(wg));
     }
 
     /// A member was revoked: its connections are closed and no new one is taken.
@@ -64,9 +164,34 @@ impl Relay {
                 queue.close(close::NOT_A_MEMBER, "this node was removed from the network");
             }
         }
+        self.tell(Command::Expel(*wg));
     }
 
-    fn join(&self, control: &ControlKey) -> Option<Joined<'_>> {
+    /// Begins a session of a member at the UDP port. `None`: it gets none.
+    pub(super) async fn open(&self, wg: WgKey, secret: SessionSecret) -> Option<u32> {
+        let (tell, told) = oneshot::channel();
+        self.tell(Command::Open(wg, secret, tell));
+        told.await.ok().flatten()
+    }
+
+    /// Takes what waits for the thread, leaving an empty inbox in its place.
+    pub(super) fn take_inbox(&self, into: &mut Inbox) {
+        into.clear();
+        self.wake.silence();
+        std::mem::swap(&mut *self.inbox.lock(), into);
+    }
+
+    /// Rings when something waits for the thread.
+    pub(super) const fn wake(&self) -> &Wake {
+        &self.wake
+    }
+
+    fn tell(&self, command: Command) {
+        self.inbox.lock().commands.push(command);
+        self.wake.ring();
+    }
+
+    pub(super) fn join(&self, control: &ControlKey) -> Option<Joined<'_>> {
         let mut state = self.state.write();
         let wg = *state.members.get(control)?;
         let conn = RelayConn(self.next.fetch_add(1, Ordering::Relaxed));
@@ -77,35 +202,45 @@ impl Relay {
         {
             old.close(close::REPLACED, "newer connections of this node took its place");
         }
-        Some(Joined { relay: self, conn, queue })
+        self.tell(Command::Connection(wg, Some(Arc::clone(&queue))));
+        Some(Joined { relay: self, conn, wg, queue })
     }
 
     /// Takes one message of frames from a connection. False: it is malformed.
-    fn forward(&self, from: &Joined<'_>, message: &[u8]) -> bool {
-        let state = self.state.read();
+    pub(super) fn take(&self, from: &Joined<'_>, message: &[u8]) -> bool {
+        let mut lost = 0;
+        let mut here = false;
+        let mut inbox = self.inbox.lock();
+        let empty = inbox.is_empty();
+        let mut well_formed = true;
         for frame in Frames::new(message) {
             match frame {
-                Ok(Frame::Send { to, payload }) => match state.hub.deliver(from.conn, &to) {
-                    Delivery::To { conn, from } => {
-                        let queued = state.queues.get(&conn).is_some_and(|q| q.push(&Frame::Recv { from, payload }));
-                        let counter = if queued { &self.counters.forwarded } else { &self.counters.queue_full };
-                        counter.fetch_add(1, Ordering::Relaxed);
-                    }
-                    Delivery::Gone => {
-                        self.counters.not_connected.fetch_add(1, Ordering::Relaxed);
-                        from.queue.push(&Frame::Gone { peer: to });
-                    }
-                    // Put out a moment ago; its queue says so to the other side.
-                    Delivery::NotJoined => return true,
-                },
+                Ok(Frame::Send { to, payload }) if inbox.bytes.len() + payload.len() <= INBOX_BYTES => {
+                    inbox.bytes.extend_from_slice(payload);
+                    inbox.frames.push((from.wg, to, payload.len()));
+                }
+                Ok(Frame::Send { .. }) => lost += 1,
                 Ok(Frame::Ping(nonce)) => {
                     from.queue.push(&Frame::Pong(nonce));
                 }
                 Ok(Frame::Pong(_)) => {}
-                Ok(Frame::Recv { .. } | Frame::Gone { .. }) | Err(_) => return false,
+                Ok(Frame::Here) => here = true,
+                Ok(Frame::Recv { .. } | Frame::Gone { .. }) | Err(_) => {
+                    well_formed = false;
+                    break;
+                }
             }
         }
-        true
+        let news = empty && !inbox.is_empty();
+        drop(inbox);
+        if here {
+            self.tell(Command::Here(from.wg));
+        }
+        if news {
+            self.wake.ring();
+        }
+        self.counters.inbox_full.fetch_add(lost, Ordering::Relaxed);
+        well_formed
     }
 
     /// Serves one connection whose other side proved to have the control key, until it ends or `stop` changes.
@@ -138,7 +273,7 @@ impl Relay {
     async fn read(&self, joined: &Joined<'_>, receiver: &mut RelayReceiver) -> Result<(), LinkError> {
         loop {
             let message = receiver.recv().await?.ok_or(LinkError::ClosedHere)?;
-            if !self.forward(joined, &message) {
+            if !self.take(joined, &message) {
                 return Ok(());
             }
         }
@@ -162,10 +297,11 @@ pub enum Ended {
 }
 
 /// A connection that takes part. Dropping it leaves.
-struct Joined<'a> {
+pub(super) struct Joined<'a> {
     relay: &'a Relay,
     conn: RelayConn,
-    queue: Arc<Queue>,
+    wg: WgKey,
+    pub(super) queue: Arc<Queue>,
 }
 
 impl Drop for Joined<'_> {
@@ -173,12 +309,14 @@ impl Drop for Joined<'_> {
         let mut state = self.relay.state.write();
         state.hub.leave(self.conn);
         state.queues.remove(&self.conn);
+        let active = state.hub.active(&self.wg).and_then(|conn| state.queues.get(&conn).cloned());
+        self.relay.tell(Command::Connection(self.wg, active));
     }
 }
 
 /// What is to be sent to one connection.
 #[derive(Debug, Default)]
-struct Queue {
+pub(super) struct Queue {
     waiting: Mutex<Waiting>,
     ready: Notify,
 }
@@ -194,7 +332,7 @@ struct Waiting {
 
 impl Queue {
     /// Queues a frame. False: it is full, or closing.
-    fn push(&self, frame: &Frame<'_>) -> bool {
+    pub(super) fn push(&self, frame: &Frame<'_>) -> bool {
         let mut waiting = self.waiting.lock();
         if waiting.frames >= QUEUE_FRAMES || waiting.bytes >= QUEUE_BYTES || waiting.close.is_some() {
             return false;
@@ -221,7 +359,7 @@ impl Queue {
         self.ready.notify_one();
     }
 
-    fn pop(&self) -> Result<Option<Vec<u8>>, (u16, &'static str)> {
+    pub(super) fn pop(&self) -> Result<Option<Vec<u8>>, (u16, &'static str)> {
         let mut waiting = self.waiting.lock();
         if let Some(closing) = waiting.close {
             return Err(closing);
@@ -282,39 +420,78 @@ mod tests {
         assert_eq!(frames_in(&queue), taken);
     }
 
+    fn joined(relay: &Relay) -> Joined<'_> {
+        let control = ControlKey([1; 32]);
+        relay.admit(control, WgKey([2; 32]));
+        relay.join(&control).unwrap()
+    }
+
+    fn encoded(frame: &Frame<'_>) -> Vec<u8> {
+        let mut out = Vec::new();
+        assert!(relay::encode(frame, &mut out));
+        out
+    }
+
     #[test]
     fn only_members_join_and_the_revoked_are_put_out() {
-        let relay = Relay::default();
-        let (control, wg) = (ControlKey([1; 32]), WgKey([2; 32]));
-        assert!(relay.join(&control).is_none());
-        relay.admit(control, wg);
-        let joined = relay.join(&control).unwrap();
-        relay.expel(&control, &wg);
+        let relay = Relay::new().unwrap();
+        assert!(relay.join(&ControlKey([1; 32])).is_none());
+        let joined = joined(&relay);
+        relay.expel(&ControlKey([1; 32]), &WgKey([2; 32]));
         assert_eq!(joined.queue.pop(), Err((close::NOT_A_MEMBER, "this node was removed from the network")));
-        assert!(relay.join(&control).is_none());
+        assert!(relay.join(&ControlKey([1; 32])).is_none());
+    }
+
+    #[test]
+    fn the_thread_hears_who_is_reached_how() {
+        let relay = Relay::new().unwrap();
+        let first = joined(&relay);
+        let second = relay.join(&ControlKey([1; 32])).unwrap();
+        let (first_queue, second_queue) = (Arc::clone(&first.queue), Arc::clone(&second.queue));
+        drop(second);
+        drop(first);
+        let mut inbox = Inbox::default();
+        relay.take_inbox(&mut inbox);
+        let told: Vec<Option<*const Queue>> = inbox
+            .commands
+            .iter()
+            .filter_map(|command| match command {
+                Command::Connection(_, queue) => Some(queue.as_ref().map(Arc::as_ptr)),
+                _ => None,
+            })
+            .collect();
+        let (first, second) = (Some(Arc::as_ptr(&first_queue)), Some(Arc::as_ptr(&second_queue)));
+        assert_eq!(told, [first, second, first, None]);
     }
 
     #[test]
     fn frames_a_node_must_not_send_and_garbage_are_malformed() {
-        let relay = Relay::default();
-        let control = ControlKey([1; 32]);
-        relay.admit(control, WgKey([1; 32]));
-        let joined = relay.join(&control).unwrap();
-        let encoded = |frame: &Frame<'_>| {
-            let mut out = Vec::new();
-            assert!(relay::encode(frame, &mut out));
-            out
-        };
-        assert!(!relay.forward(&joined, &encoded(&FRAME)));
-        assert!(!relay.forward(&joined, &encoded(&Frame::Gone { peer: WgKey([1; 32]) })));
-        assert!(!relay.forward(&joined, &[relay::kind::SEND, 0, 9, 1]));
+        let relay = Relay::new().unwrap();
+        let joined = joined(&relay);
+        assert!(!relay.take(&joined, &encoded(&FRAME)));
+        assert!(!relay.take(&joined, &encoded(&Frame::Gone { peer: WgKey([1; 32]) })));
+        assert!(!relay.take(&joined, &[relay::kind::SEND, 0, 9, 1]));
         // A type of a later version.
-        assert!(relay.forward(&joined, &[0x7f, 0, 2, 1, 2]));
-        assert!(relay.forward(&joined, &encoded(&Frame::Ping([3; 8]))));
+        assert!(relay.take(&joined, &[0x7f, 0, 2, 1, 2]));
+        assert!(relay.take(&joined, &encoded(&Frame::Ping([3; 8]))));
         assert_eq!(joined.queue.pop().unwrap().unwrap(), encoded(&Frame::Pong([3; 8])));
-        let to = WgKey([9; 32]);
-        assert!(relay.forward(&joined, &encoded(&Frame::Send { to, payload: b"x" })));
-        assert_eq!(joined.queue.pop().unwrap().unwrap(), encoded(&Frame::Gone { peer: to }));
-        assert_eq!(relay.counters.not_connected.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn frames_wait_in_bounded_room_and_the_newest_is_dropped() {
+        let relay = Relay::new().unwrap();
+        let joined = joined(&relay);
+        let send = encoded(&Frame::Send { to: WgKey([9; 32]), payload: &[7; 1_000] });
+        for _ in 0..INBOX_BYTES / 1_000 + 5 {
+            assert!(relay.take(&joined, &send));
+        }
+        let mut inbox = Inbox::default();
+        relay.take_inbox(&mut inbox);
+        assert_eq!(inbox.frames.len(), INBOX_BYTES / 1_000);
+        assert_eq!(relay.counters.inbox_full.load(Ordering::Relaxed), 5);
+        assert!(relay.take(&joined, &send));
+        relay.take_inbox(&mut inbox);
+        assert_eq!(inbox.frames, [(WgKey([2; 32]), WgKey([9; 32]), 1_000)]);
+        assert_eq!(inbox.bytes, [7; 1_000]);
     }
 }

@@ -7,6 +7,7 @@
 //! | `coordinator.key` | the Noise secret whose public half every token pins |
 //! | `claim.secret` | what the claim token proves knowledge of; useless once the network is founded |
 //! | `public-url` | the URL that tokens carry, as of the last start |
+//! | `relay-usage` | what the relay carried this month: `2026-11 123456` (bytes) |
 //! | `tls-cert.pem`, `tls-key.pem` | the self-made certificate |
 //!
 //! The directory is made with mode 0700, files with 0600. Small files are written to a temporary file, synced and renamed.
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use zeroize::Zeroizing;
 
+use crate::coord::relay_budget::{Month, Usage};
 use crate::os::lock::{DirLock, LockError};
 use crate::trust::keys::Secret32;
 use crate::wire::keys::Digest32;
@@ -33,6 +35,7 @@ const STORE: &str = "store.db";
 const KEY: &str = "coordinator.key";
 const CLAIM: &str = "claim.secret";
 const PUBLIC_URL: &str = "public-url";
+const RELAY_USAGE: &str = "relay-usage";
 const TLS_CERT: &str = "tls-cert.pem";
 const TLS_KEY: &str = "tls-key.pem";
 
@@ -157,6 +160,26 @@ impl StateDir {
         self.write(PUBLIC_URL, format!("{url}\n").as_bytes())
     }
 
+    /// What the relay carried, as kept by [`StateDir::keep_relay_usage`]. A file that cannot be read counts as none.
+    #[must_use]
+    pub fn relay_usage(&self) -> Option<Usage> {
+        let text = fs::read_to_string(self.path.join(RELAY_USAGE)).ok()?;
+        let (month, bytes) = text.trim().split_once(' ')?;
+        let (year, month) = month.split_once('-')?;
+        let (year, month): (u32, u32) = (year.parse().ok()?, month.parse().ok()?);
+        let month = (1..=12).contains(&month).then(|| year.checked_mul(12)?.checked_add(month - 1)).flatten()?;
+        Some(Usage { month: Month(month), bytes: bytes.parse().ok()? })
+    }
+
+    /// Keeps what the relay carried.
+    ///
+    /// # Errors
+    /// `state-dir`.
+    pub fn keep_relay_usage(&self, usage: Usage) -> Result<(), Problem> {
+        let (year, month) = (usage.month.0 / 12, usage.month.0 % 12 + 1);
+        self.write(RELAY_USAGE, format!("{year}-{month:02} {}\n", usage.bytes).as_bytes())
+    }
+
     /// Keeps a self-made certificate, the key last.
     ///
     /// # Errors
@@ -228,6 +251,22 @@ mod tests {
         assert!(problem.text.contains(&std::process::id().to_string()), "{}", problem.text);
         drop(held);
         dir.lock().unwrap();
+    }
+
+    #[test]
+    fn what_the_relay_carried_is_kept_and_nonsense_is_none() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = StateDir::open(parent.path()).unwrap();
+        assert_eq!(dir.relay_usage(), None);
+        for month in [Month(2026 * 12 + 10), Month(2027 * 12), Month(2027 * 12 + 11)] {
+            let usage = Usage { month, bytes: 123_456_789_012 };
+            dir.keep_relay_usage(usage).unwrap();
+            assert_eq!(dir.relay_usage(), Some(usage));
+        }
+        for text in ["", "2026-11", "2026-13 5", "2026-00 5", "x-1 5", "2026-11 -5", "4294967295-01 5"] {
+            fs::write(dir.path().join(RELAY_USAGE), text).unwrap();
+            assert_eq!(dir.relay_usage(), None, "{text}");
+        }
     }
 
     #[test]

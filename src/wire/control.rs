@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::time::UnixSeconds;
 use crate::trust::record::SignedRecord;
 use crate::wire::keys::{Digest32, InviteKey, WgKey};
+use crate::wire::relay_udp::SessionSecret;
 
 /// The longest control message, in bytes of JSON. A longer one ends the connection.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -72,6 +73,12 @@ pub enum ToCoordinator {
     },
     /// Liveness; answered by `Pong`.
     Ping {
+        /// Answer number.
+        re: u64,
+    },
+    /// Member: asks for a session at the relay's UDP port ([`crate::wire::relay_udp`]), which ends the one it had.
+    /// Answered by `RelayOpened`, or `Refused` with `no-udp-relay`.
+    OpenRelay {
         /// Answer number.
         re: u64,
     },
@@ -156,6 +163,26 @@ pub enum ToNode {
         /// The coordinator's wall clock.
         now: UnixSeconds,
     },
+    /// Answer to `OpenRelay`: a session at the relay's UDP port. It lasts until the next one is opened, the node is
+    /// removed, or the coordinator stops.
+    RelayOpened {
+        /// The request's number.
+        re: u64,
+        /// Its number in relay datagrams.
+        session: u32,
+        /// What its datagrams are tagged with.
+        secret: SessionSecret,
+        /// Where the relay listens, in order of preference, named as STUN servers are.
+        at: Vec<StunServer>,
+    },
+    /// Whether the relay's budget for this month is spent: it then carries only what sets up sessions and paths, and small
+    /// packets. Sent when that changes, and after `Welcome` while it is so.
+    RelayBudget {
+        /// It is spent.
+        spent: bool,
+        /// When the next month begins.
+        renewed: UnixSeconds,
+    },
 }
 
 /// One STUN server.
@@ -204,6 +231,8 @@ pub mod refusal {
     pub const RATE_LIMITED: &str = "rate-limited";
     /// The coordinator could not write its store.
     pub const STORE_FAILED: &str = "store-failed";
+    /// The relay has no UDP port, or none for this node.
+    pub const NO_UDP_RELAY: &str = "no-udp-relay";
     /// The message type is unknown.
     pub const UNKNOWN_MESSAGE: &str = "unknown-message";
     /// The program on this side is too old or too new.

@@ -8,6 +8,8 @@ pub mod local;
 pub mod nat;
 pub mod probe;
 pub mod relay;
+pub mod relay_udp;
+pub mod siphash;
 pub mod stun;
 pub mod version;
 pub mod wireguard;

@@ -10,6 +10,7 @@
 //! 0x03 Gone     relay → node   WireGuard key (32)               that node is not connected here
 //! 0x04 Ping     both ways      8 bytes
 //! 0x05 Pong     both ways      the same 8 bytes
+//! 0x06 Here     node → relay   empty                              deliver here, no longer by UDP (`wire/relay_udp.rs`)
 //! ```
 //!
 //! Unknown types are skipped by their length. Numbers are never reused. The payload is what would have been a UDP
@@ -36,6 +37,8 @@ pub mod kind {
     pub const PING: u8 = 0x04;
     /// Answer to a Ping.
     pub const PONG: u8 = 0x05;
+    /// node → relay: deliver here, no longer by UDP.
+    pub const HERE: u8 = 0x06;
 }
 
 /// One frame, borrowing from the message it came in.
@@ -64,6 +67,8 @@ pub enum Frame<'a> {
     Ping([u8; 8]),
     /// Answer to a Ping.
     Pong([u8; 8]),
+    /// Deliver on this connection, no longer by UDP.
+    Here,
 }
 
 /// Why bytes are not a frame.
@@ -101,6 +106,7 @@ pub fn encode(frame: &Frame<'_>, out: &mut Vec<u8>) -> bool {
         Frame::Gone { peer } => write(kind::GONE, Some(peer), &[]),
         Frame::Ping(nonce) => write(kind::PING, None, nonce),
         Frame::Pong(nonce) => write(kind::PONG, None, nonce),
+        Frame::Here => write(kind::HERE, None, &[]),
     }
 }
 
@@ -160,6 +166,8 @@ fn decode_body(kind: u8, body: &[u8]) -> Result<Option<Frame<'_>>, DecodeError> 
         },
         kind::PING => Frame::Ping(nonce()?),
         kind::PONG => Frame::Pong(nonce()?),
+        kind::HERE if body.is_empty() => Frame::Here,
+        kind::HERE => return Err(DecodeError::BadLength),
         _ => return Ok(None),
     }))
 }
@@ -176,6 +184,7 @@ mod tests {
             Frame::Gone { peer: WgKey([3; 32]) },
             Frame::Ping([4; 8]),
             Frame::Pong([5; 8]),
+            Frame::Here,
         ];
         let mut message = Vec::new();
         for frame in &frames {

@@ -10,7 +10,7 @@ use meshd::coord::relay_hub::{Delivery, RelayConn, RelayHub};
 use meshd::time::{Now, UnixSeconds};
 use meshd::trust::ledger::{Judge, Ledger};
 use meshd::trust::record::SignedRecord;
-use meshd::wire::control::{StunServer, ToCoordinator, ToNode};
+use meshd::wire::control::{StunServer, ToCoordinator, ToNode, refusal};
 use meshd::wire::keys::{ControlKey, NetworkId, WgKey};
 use meshd::wire::relay::{Frame, Frames, encode};
 use meshd::wire::stun::{ServerLayout, answer};
@@ -193,6 +193,11 @@ impl Server {
                 Output::RelayExpel { control, wg } => {
                     process.admitted.remove(&control);
                     wants.extend(process.hub.expel(&wg).into_iter().map(Want::CloseRelay));
+                }
+                Output::OpenRelay { conn, re, .. } => {
+                    let code = refusal::NO_UDP_RELAY.to_owned();
+                    let message = ToNode::Refused { re, code, text: String::new(), hint: String::new() };
+                    wants.push(Want::Control(conn, message));
                 }
             }
         }

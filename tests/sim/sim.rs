@@ -780,7 +780,7 @@ impl Sim {
                 Frame::Gone { peer } => {
                     self.with_machines(life, |m, wants| m.input(Input::RelayGone(peer), now, wants));
                 }
-                Frame::Send { .. } | Frame::Ping(_) | Frame::Pong(_) => {}
+                Frame::Send { .. } | Frame::Ping(_) | Frame::Pong(_) | Frame::Here => {}
             }
         }
     }

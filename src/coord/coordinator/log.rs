@@ -44,6 +44,9 @@ impl Coordinator {
         let observed = self.conns.get(&conn).and_then(|c| c.from);
         let (version, stun) = (self.config.version.clone(), self.config.stun.clone());
         self.send(conn, ToNode::Welcome { re, version, now: wall, stun, observed });
+        if let Some(renewed) = self.relay_spent {
+            self.send(conn, ToNode::RelayBudget { spent: true, renewed });
+        }
         if let Some(c) = self.conns.get_mut(&conn) {
             let earlier = c.listening.replace(Listening { wg, sent: common, complete: false, paused_until: None });
             if let Some(until) = earlier.and_then(|l| l.paused_until) {

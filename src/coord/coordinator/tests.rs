@@ -23,6 +23,7 @@ struct Desk {
     sent: BTreeMap<ConnId, Vec<ToNode>>,
     closed: Vec<(ConnId, &'static str)>,
     relay: BTreeMap<ControlKey, WgKey>,
+    opened: Vec<(ConnId, u64, WgKey)>,
     claim_spent: bool,
     next_conn: u64,
 }
@@ -50,6 +51,7 @@ impl Desk {
             sent: BTreeMap::new(),
             closed: Vec::new(),
             relay: BTreeMap::new(),
+            opened: Vec::new(),
             claim_spent: false,
             next_conn: 1,
         };
@@ -95,6 +97,7 @@ impl Desk {
                 Output::RelayExpel { control, .. } => {
                     self.relay.remove(&control);
                 }
+                Output::OpenRelay { conn, re, wg } => self.opened.push((conn, re, wg)),
             }
         }
     }

@@ -32,6 +32,8 @@ pub(super) struct Control {
     pub(super) problem: Option<Problem>,
     pub(super) last_heard: Option<Now>,
     pub(super) synced: bool,
+    /// The relay's budget is spent.
+    pub(super) relay_spent_since: Option<Now>,
     /// How far the coordinator's log has been read in this run, and its running digest there.
     position: Option<(u64, Digest32)>,
     /// While the whole log is read again: the ids seen so far.
@@ -75,6 +77,7 @@ impl Control {
             problem: None,
             last_heard: None,
             synced: false,
+            relay_spent_since: None,
             position: None,
             comparing: None,
             next_re: 1,
@@ -111,6 +114,8 @@ impl Planner {
             self.control.down_since = Some(self.now);
         }
         self.control.connected = false;
+        // Said anew after the next Welcome, if it still is so.
+        self.control.relay_spent_since = None;
         self.control.problem = problem.or(self.control.problem.take());
         let lost: Vec<u64> = self.control.publishing.keys().copied().collect();
         for re in lost {
@@ -126,6 +131,12 @@ impl Planner {
             ToNode::Presence { full, online, offline } => self.presence(full, &online, &offline),
             ToNode::Published { re } => self.publication_ended(re, None),
             ToNode::Refused { re, code, text, hint } => self.request_refused(re, Problem { code, text, hint }),
+            ToNode::RelayBudget { spent, .. } => {
+                let since = self.control.relay_spent_since.filter(|_| spent);
+                self.control.relay_spent_since = since.or(spent.then_some(self.now));
+            }
+            // The shell's: it chooses what carries relayed packets.
+            ToNode::RelayOpened { .. } => {}
             ToNode::Pong { .. } | ToNode::Joined { .. } | ToNode::Proposal { .. } => {}
         }
     }

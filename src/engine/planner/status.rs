@@ -215,6 +215,17 @@ impl Planner {
                 "if a proxy stands before the coordinator, let WebSockets through on /v1/relay",
             );
         }
+        if let Some(since) = control.relay_spent_since {
+            add(
+                "relay-budget-spent",
+                Severity::Warning,
+                since,
+                "the coordinator's relay has carried its budget for this month: relayed peers get only small packets \
+                 through until the next month begins"
+                    .into(),
+                "make a direct path possible (`meshd netcheck`), or raise `--relay-monthly` on the coordinator",
+            );
+        }
         if let Some(since) = self.reflexive.unanswered_since().filter(|at| now.since(*at) >= UDP_BLOCKED_AFTER) {
             add(
                 "udp-blocked",
