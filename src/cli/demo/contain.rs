@@ -11,7 +11,7 @@
 //! Nothing has to be cleaned up: interfaces, rules, mounts and processes go when init goes, and the kernel kills init
 //! when `outside` is gone, be it by Ctrl-C or SIGKILL. Only [`After::Keep`] breaks that tie.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -25,7 +25,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::{Pid, getgid, getuid, setsid};
+use nix::unistd::{Pid, dup2_stderr, dup2_stdout, getgid, getuid, setsid};
 
 /// The environment variable that says which of the three processes this is.
 const ROLE: &str = "MESHD_CONTAINED";
@@ -81,7 +81,8 @@ pub fn contain(after: After) -> Result<Option<Ended>> {
 
 fn outside() -> Result<Ended> {
     let (uid, gid) = (getuid(), getgid());
-    let mut flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWPID;
+    // Mounts and network are init's own business: this process keeps seeing the outside.
+    let mut flags = CloneFlags::CLONE_NEWPID;
     // Root in a container may lack the capability; then a user namespace is worth a try.
     if !uid.is_root() || unshare(flags).is_err() {
         flags |= CloneFlags::CLONE_NEWUSER;
@@ -121,6 +122,7 @@ fn again(role: &str) -> Command {
 
 fn init(after: After) -> Result<Option<Ended>> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
+    unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).map_err(explain)?;
     furnish()?;
     let child = again("inside").stdin(Stdio::null()).spawn().context("cannot start the process inside")?;
     let child = Pid::from_raw(i32::try_from(child.id())?);
@@ -140,6 +142,10 @@ fn init(after: After) -> Result<Option<Ended>> {
     if after == After::Keep && code == 0 {
         prctl::set_pdeathsig(None)?;
         setsid().context("cannot leave the terminal")?;
+        // Whoever reads the output waits for its end.
+        let nowhere = File::options().write(true).open("/dev/null")?;
+        dup2_stdout(&nowhere)?;
+        dup2_stderr(&nowhere)?;
         let mut outside = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned()?);
         outside.write_all(&[code])?;
         outside.shutdown(std::net::Shutdown::Both)?;
