@@ -348,6 +348,8 @@ impl PathAgent {
         self.awake = true;
         self.round = round;
         self.stage = Stage::ToAnswer { t, since: cx.now };
+        // Who has a path that works does not call.
+        self.ask_current(true, cx);
     }
 
     /// The peer answered our call.
@@ -411,10 +413,7 @@ impl PathAgent {
 
     /// Somebody waits for an answer on the path in use: if none comes, it is in doubt.
     pub(crate) fn question<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
-        if let Some(current) = self.current.filter(|c| c.doubt.is_none()) {
-            self.doubt(false, false, cx.now);
-            self.probe(current.addr, false, cx);
-        }
+        self.ask_current(false, cx);
     }
 
     /// Authenticated data came from an address that is not the current one: the peer moved, perhaps.
@@ -423,7 +422,19 @@ impl PathAgent {
         if let Some(remote) = self.remote_mut(from) {
             remote.full_tries = 0;
         }
+        // Whichever of the two answers first is used: if both do, both sides choose alike.
+        if self.current.is_some_and(|c| c.addr != from) {
+            self.ask_current(true, cx);
+        }
         self.probe(from, true, cx);
+    }
+
+    /// Puts the path in use in doubt. `theirs`: the peer does as if it had not this path any more.
+    fn ask_current<R: Rng>(&mut self, theirs: bool, cx: &mut Context<'_, R>) {
+        if let Some(current) = self.current.filter(|c| c.doubt.is_none()) {
+            self.doubt(false, theirs, cx.now);
+            self.probe(current.addr, false, cx);
+        }
     }
 
     /// One of our probes was answered, from the address it went to. Returns whether the probe was ours.

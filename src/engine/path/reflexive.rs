@@ -189,7 +189,9 @@ impl Reflexive {
 
     /// Whether UDP passes; None: not known yet.
     pub(crate) fn udp_works(&self) -> Option<bool> {
-        if !self.seen.is_empty() {
+        if self.unanswered_since.is_some() {
+            Some(false)
+        } else if !self.seen.is_empty() {
             Some(true)
         } else if self.last_done.is_some() && self.has_servers() {
             Some(false)
