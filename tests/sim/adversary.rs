@@ -136,6 +136,10 @@ fn bad_bytes(seed: u64) {
         stage.sim.run_for(Duration::from_millis(200));
     }
     assert!(stage.dropped(Drop::BadTag) > 0 && stage.dropped(Drop::Junk) > 0 && stage.dropped(Drop::UnknownIndex) > 0);
+    // No handshake without a valid MAC gets as far as costing a Diffie-Hellman.
+    assert!(stage.dropped(Drop::HandshakeGate) > 100, "{}", stage.dropped(Drop::HandshakeGate));
+    // The last sixteen bytes are a second MAC, looked at only under load: with those changed it is still b's handshake.
+    assert!(stage.dropped(Drop::BadHandshake) + stage.dropped(Drop::UnknownPeer) <= 16);
     stage.undisturbed();
 }
 

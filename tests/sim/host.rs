@@ -56,6 +56,8 @@ pub(crate) struct Machines {
     last_notice: Now,
     slow_waiting: usize,
     now: Now,
+    /// By when the planner must be called, unless the machine sleeps.
+    promised: Option<Now>,
     wake_second: u64,
     wakes: u32,
     /// Every event the planner told.
@@ -85,6 +87,7 @@ impl Machines {
             last_notice: now,
             slow_waiting: 0,
             now,
+            promised: None,
             wake_second: 0,
             wakes: 0,
             events: Vec::new(),
@@ -162,8 +165,14 @@ impl Machines {
 
     fn tick(&mut self, now: Now) {
         assert!(now >= self.now, "time never goes back: {:?} → {now:?}", self.now);
+        assert!(self.promised.is_none_or(|at| now <= at), "the world forgot a timer: {:?} at {now:?}", self.promised);
         self.now = now;
         set_boringtuns_clock(now);
+    }
+
+    /// The machine slept: timers are late.
+    pub(crate) const fn overslept(&mut self) {
+        self.promised = None;
     }
 
     /// The worker drains what is queued before it processes anything; without work it does so when it hears of it.
@@ -229,6 +238,7 @@ impl Machines {
                 }
             }
         }
+        self.promised = self.planner.poll_timeout().map(|(at, _)| at.max(self.now));
     }
 
     /// How often something was dropped for this reason.

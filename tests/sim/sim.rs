@@ -424,6 +424,9 @@ impl Sim {
     /// The machine is awake again and finds its connections dead.
     pub(crate) fn awaken(&mut self, node: NodeRef) {
         self.nodes[node.0].asleep = false;
+        if let Some(machines) = &mut self.nodes[node.0].machines {
+            machines.overslept();
+        }
         self.note(node, "wakes up");
         self.break_links(node);
     }
@@ -657,9 +660,8 @@ impl Sim {
         timers.chain(self.server.deadline()).chain(self.world.next_due()).min()
     }
 
-    /// One thing happens, if it is due by `until`.
+    /// One thing happens, if it is due by `until`. What the world delivers at an instant comes before timers due then.
     fn step(&mut self, until: Now) -> bool {
-        let world_due = self.world.next_due();
         let timer = self
             .nodes
             .iter()
@@ -667,26 +669,20 @@ impl Sim {
             .filter(|(_, n)| !n.asleep)
             .filter_map(|(i, n)| Some((n.machines.as_ref()?.deadline()?, i)))
             .chain(self.server.deadline().map(|at| (at, usize::MAX)))
-            .min();
-        if let Some((at, who)) = timer
-            && at <= until
-            && world_due.is_none_or(|due| at < due)
-        {
-            self.world.advance(at.max(self.world.now()));
-            self.wake(who);
-            return true;
-        }
-        match self.world.next(until) {
-            None => false,
-            Some(Step::Arrived { host, to, from, bytes }) => {
-                self.arrived(host, to, from, &bytes);
-                true
+            .min()
+            .filter(|(at, _)| *at <= until);
+        // The world may not run past a timer, not even where nothing concerns the nodes.
+        let bound = timer.map_or(until, |(at, _)| at.max(self.world.now()));
+        match (self.world.next(bound), timer) {
+            (Some(Step::Arrived { host, to, from, bytes }), _) => self.arrived(host, to, from, &bytes),
+            (Some(Step::Own(event)), _) => self.happen(event),
+            (None, Some((_, who))) => {
+                self.world.advance(bound);
+                self.wake(who);
             }
-            Some(Step::Own(event)) => {
-                self.happen(event);
-                true
-            }
+            (None, None) => return false,
         }
+        true
     }
 
     fn wake(&mut self, who: usize) {

@@ -81,11 +81,6 @@ impl Trace {
         self.hash
     }
 
-    /// How many lines there were.
-    pub(crate) const fn lines(&self) -> u64 {
-        self.lines
-    }
-
     /// The last lines as a Mermaid sequence diagram.
     pub(crate) fn mermaid(&self) -> String {
         let mut out = String::from("sequenceDiagram\n");

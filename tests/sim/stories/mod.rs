@@ -15,14 +15,20 @@ mod ipv6_only;
 mod late_joiner;
 mod nat_reboots;
 mod node_restarts;
+mod peer_moves_behind_nat;
 mod public_and_nat;
+mod quiet_roam;
+mod quiet_spell;
+mod rekey;
 mod relay_dies_while_direct;
 mod restart_without_coordinator;
 mod revoked;
 mod roam;
 mod same_place;
 mod sleep_8_hours;
+mod small_mtu;
 mod symmetric_pair;
+mod udp_comes_back;
 mod unknown_peers;
 mod upgrade;
 
@@ -38,14 +44,20 @@ named_runs! {
     late_joiner => late_joiner::run,
     nat_reboots => nat_reboots::run,
     node_restarts => node_restarts::run,
+    peer_moves_behind_nat => peer_moves_behind_nat::run,
     public_and_nat => public_and_nat::run,
+    quiet_roam => quiet_roam::run,
+    quiet_spell => quiet_spell::run,
+    rekey => rekey::run,
     relay_dies_while_direct => relay_dies_while_direct::run,
     restart_without_coordinator => restart_without_coordinator::run,
     revoked => revoked::run,
     roam => roam::run,
     same_place => same_place::run,
     sleep_8_hours => sleep_8_hours::run,
+    small_mtu => small_mtu::run,
     symmetric_pair => symmetric_pair::run,
+    udp_comes_back => udp_comes_back::run,
     unknown_peers => unknown_peers::run,
     upgrade => upgrade::run,
 }
