@@ -42,6 +42,8 @@ const CLIENTS: u32 = 64;
 const LINE_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the coordinator may take to store a record.
 const PUBLISH_PATIENCE: Duration = Duration::from_secs(15);
+/// How long a call that needs the coordinator waits for the link to come back.
+const RECONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// While waiting for a direct path: how long one ping may take before the next.
 const DIRECT_PING: Duration = Duration::from_millis(2_000);
 /// The longest time one call may ask to wait.
@@ -388,18 +390,36 @@ impl Api {
         Ok(removed)
     }
 
-    /// Waits until the coordinator has stored the records.
+    /// Waits until the coordinator has stored the records. If the link breaks before the answer, asks again when it is
+    /// back: a record that was stored already is stored again for nothing.
     async fn publish(&self, records: Vec<SignedRecord>) -> Result<(), Problem> {
         let mut events = self.planner.events();
-        let token = self.tokens.fetch_add(1, Ordering::Relaxed);
-        let command = Command::Publish { token, records };
-        self.planner.with(move |planner: &mut Planner, now: Now| planner.handle(Input::Command(command), now)).await?;
-        let refused = wait_for(&mut events, PUBLISH_PATIENCE, |event| match event {
-            Event::Published { token: of, problem } if of == token => Some(problem),
-            _ => None,
-        })
-        .await?;
-        refused.map_or(Ok(()), Err)
+        let back = |event| matches!(event, Event::Synced).then_some(());
+        if !self.status().await?.coordinator.connected {
+            // The link may be coming back just now; if not, the planner says why there is none.
+            let _ = wait_for(&mut events, RECONNECT_PATIENCE, back).await;
+        }
+        let deadline = Instant::now() + PUBLISH_PATIENCE;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        loop {
+            let token = self.tokens.fetch_add(1, Ordering::Relaxed);
+            let command = Command::Publish { token, records: records.clone() };
+            self.planner
+                .with(move |planner: &mut Planner, now: Now| planner.handle(Input::Command(command), now))
+                .await?;
+            let refused = wait_for(&mut events, left(), |event| match event {
+                Event::Published { token: of, problem } if of == token => Some(problem),
+                _ => None,
+            })
+            .await?;
+            match refused {
+                None => return Ok(()),
+                Some(lost) if lost.code == "no-answer" && !left().is_zero() => {
+                    wait_for(&mut events, left(), back).await.map_err(|_| lost)?;
+                }
+                Some(refused) => return Err(refused),
+            }
+        }
     }
 }
 
