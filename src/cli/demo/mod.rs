@@ -114,7 +114,8 @@ fn inside(keep: bool, global: &Global) -> Result<(), CliError> {
     let story = told.map_err(|error| match error.downcast::<CliError>() {
         Ok(error) => error,
         Err(error) => {
-            let hint = "the output of every process is in the error above; meshd netcheck examines a real network";
+            let hint =
+                "a busy machine may be too slow for a step: try again; if it fails again, report it with this output";
             CliError::failed("demo", format!("{error:#}"), hint)
         }
     })?;

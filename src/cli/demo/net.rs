@@ -45,7 +45,7 @@ impl Namespace {
     /// # Errors
     /// If `ip netns add` fails.
     pub fn new(name: &str) -> Result<Self> {
-        run(Command::new("ip").args(["netns", "add", name]))?;
+        run(tool("ip").args(["netns", "add", name]))?;
         let made = Self { name: name.to_owned() };
         // Nobody else has our addresses; waiting a second to be sure of it helps no one. Fails without IPv6.
         for which in ["all", "default"] {
@@ -111,7 +111,7 @@ impl Namespace {
     /// # Errors
     /// If it fails.
     pub fn ip(&self, args: &str) -> Result<String> {
-        run(Command::new("ip").args(["-n", &self.name]).args(args.split_whitespace()))
+        run(tool("ip").args(["-n", &self.name]).args(args.split_whitespace()))
     }
 
     /// Loads nftables rules inside, in addition to those there.
@@ -119,7 +119,7 @@ impl Namespace {
     /// # Errors
     /// If nft does not accept them.
     pub fn nft(&self, rules: &str) -> Result<()> {
-        let mut command = Command::new("nft");
+        let mut command = tool("nft");
         command.args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = self.enter(|| command.spawn())?.context("cannot run nft")?;
         if let Some(mut stdin) = child.stdin.take() {
@@ -235,7 +235,7 @@ impl Segment {
     pub fn plug(&self, machine: &Namespace, interface: &str) -> Result<String> {
         let port = format!("p-{}", machine.name());
         let (from, to) = (machine.name(), self.namespace.name());
-        run(Command::new("ip")
+        run(tool("ip")
             .args(["link", "add", interface, "netns", from, "type", "veth", "peer", "name", &port, "netns", to]))?;
         self.namespace.ip(&format!("link set {port} master {} up", self.bridge))?;
         machine.ip(&format!("link set {interface} up"))?;
@@ -295,13 +295,22 @@ pub struct Router {
     pub lan: Segment,
 }
 
-/// The binaries the parts above call, if any is not installed.
+/// The programs the parts above call, if any is not installed.
 #[must_use]
 pub fn missing_tools() -> Vec<&'static str> {
+    ["ip", "nft"].into_iter().filter(|tool| find(tool).is_none()).collect()
+}
+
+/// A command for a system program, also where an ordinary user's `PATH` lacks the directories of such.
+#[must_use]
+pub fn tool(name: &str) -> Command {
+    Command::new(find(name).unwrap_or_else(|| name.into()))
+}
+
+fn find(tool: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut places: Vec<PathBuf> = std::env::split_paths(&path).collect();
-    places.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
-    ["ip", "nft"].into_iter().filter(|tool| !places.iter().any(|place| place.join(tool).is_file())).collect()
+    let places = std::env::split_paths(&path).chain(["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(PathBuf::from));
+    places.map(|place| place.join(tool)).find(|file| file.is_file())
 }
 
 fn run(command: &mut Command) -> Result<String> {

@@ -66,8 +66,8 @@ fn restart_without_it() -> Result<()> {
     ensure(seen.received >= 4, || format!("after both restarted without a coordinator: {seen:?}"))
 }
 
-/// Each round: while an invite is asked for and a machine joins with the last answered one, the coordinator is killed
-/// after a few milliseconds more than the round before.
+/// Each round: while an invite is asked for and a machine joins with the last answered one, the coordinator is killed,
+/// each time at another moment.
 fn kill_loop() -> Result<()> {
     let rounds: u8 = if std::env::var_os("MESHD_LAB_SHORT").is_some() { 10 } else { 50 };
     let mut lab = net::public()?;
@@ -88,8 +88,8 @@ fn kill_loop() -> Result<()> {
                 let mut command = node.meshd(&["up", "--name", &node.name, "--timeout", "4s"]);
                 node.namespace.output(command.env("MESHD_TOKEN", &token))
             });
-            // Spread over the whole of both requests, which take about a quarter of a second.
-            let_pass(Duration::from_millis(u64::from(round) * 7 % 350));
+            // Spread over the whole of both requests, which take less than a tenth of a second, and a little beyond.
+            let_pass(Duration::from_millis(u64::from(round) * 37 % 120));
             lab.world.coordinator.kill()?;
             lab.world.coordinator.restart()?;
             let died = |_| anyhow::anyhow!("a request's thread panicked");
@@ -119,7 +119,8 @@ fn kill_loop() -> Result<()> {
     ensure(!joined.is_empty(), || "nothing was ever answered: the loop shows nothing".to_owned())?;
     // Every answered join is in the store, for a node that learns everything from there.
     let last = Node::new("last", lab.world.internet.host("last", 99)?);
-    last.up(&admin.invite()?)?;
+    let token = eventually("the admin can invite", Duration::from_secs(15), || admin.invite())?;
+    last.up(&token)?;
     for node in &joined {
         eventually(&format!("{} is known", node.name), Duration::from_secs(10), || last.peer(&node.name).map(drop))?;
     }
