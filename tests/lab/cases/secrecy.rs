@@ -80,8 +80,11 @@ fn spoofed_source() -> Result<()> {
     ensure(seen.received == 3, || format!("the honest source: {seen:?}"))
 }
 
+/// Makes one packet of a flood after the other.
+type Flood = Box<dyn FnMut(u32) -> Vec<u8> + Send>;
+
 /// a pings b while somebody else on the internet floods b's UDP port.
-fn flood(make: &dyn Fn(&Node) -> Result<Box<dyn FnMut(u32) -> Vec<u8> + Send>>) -> Result<()> {
+fn flood(make: &dyn Fn(&Node) -> Result<Flood>) -> Result<()> {
     let lab = net::public()?;
     let nodes = lab.join()?;
     nodes[0].ping_until_direct("b")?;
