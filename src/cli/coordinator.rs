@@ -18,6 +18,7 @@ use crate::server::{Config, RelayLimits, Server, Tls, admin, state_dir, store};
 use crate::wire::version;
 
 /// Options of `meshd coordinator`.
+#[expect(rustdoc::broken_intra_doc_links, reason = "the comments are help texts, and [::] is an address")]
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The claim token goes to standard output, everything else to standard error. Nodes know the

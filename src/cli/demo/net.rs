@@ -10,7 +10,7 @@
 //!                                     └────────────┘
 //! ```
 //!
-//! Everything lives inside the namespaces of [`super::contain`], so nothing has to be removed afterwards.
+//! Everything lives inside the namespaces of [`mod@super::contain`], so nothing has to be removed afterwards.
 
 use std::fs::File;
 use std::io::Write as _;
