@@ -36,11 +36,11 @@ pub struct Args {
     /// Something else than running
     #[command(subcommand)]
     command: Option<Action>,
-    /// TCP address and port for control and relay.
-    #[arg(long, help = "TCP address and port for control and relay [default: [::]:443 as root, [::]:8443 otherwise]", value_name = "ADDR:PORT", value_parser = parse_address)]
+    /// TCP address and port for control and relay [default: [::]:443 as root, [::]:8443 otherwise]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = parse_address)]
     listen: Option<SocketAddr>,
-    /// UDP address and port for STUN, or none. Two are needed to tell kinds of NAT apart.
-    #[arg(long, help = "UDP address and port for STUN, or none. Two are needed to tell kinds of NAT apart [default: [::]:3478,[::]:3479]", value_name = "ADDR:PORT", value_delimiter = ',', value_parser = parse_stun)]
+    /// UDP address and port for STUN, or none. Two are needed to tell kinds of NAT apart [default: [::]:3478,[::]:3479]
+    #[arg(long, value_name = "ADDR:PORT", value_delimiter = ',', value_parser = parse_stun)]
     stun_listen: Vec<StunListen>,
     /// The URL under which other machines reach this one; tokens carry it [default: made of the listening address]
     #[arg(long, value_name = "URL")]
