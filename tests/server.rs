@@ -195,6 +195,7 @@ fn answers(message: &ToNode) -> Option<u64> {
         | ToNode::Joined { re }
         | ToNode::Welcome { re, .. }
         | ToNode::Published { re }
+        | ToNode::Located { re, .. }
         | ToNode::Pong { re, .. }
         | ToNode::RelayOpened { re, .. } => Some(*re),
         ToNode::Log { .. } | ToNode::Presence { .. } | ToNode::RelayBudget { .. } => None,

@@ -138,6 +138,8 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         ToCoordinator::Publish { re: 5, records: records[2..3].to_vec() },
         ToCoordinator::Ping { re: u64::MAX },
         ToCoordinator::OpenRelay { re: 6 },
+        ToCoordinator::Locate { re: 7, peer: WgKey([7; 32]) },
+        ToCoordinator::Announce { re: 8, open: vec!["203.0.113.7:50112".parse().unwrap()] },
     ]
 }
 
@@ -175,12 +177,18 @@ fn to_node() -> Vec<ToNode> {
         ToNode::Pong { re: 6, now: NOW },
         ToNode::RelayOpened { re: 7, session: 258, secret: SessionSecret::new([0xa5; 32]), at: stun },
         ToNode::RelayBudget { spent: true, renewed: NOW + 86_400 },
+        ToNode::Located {
+            re: 8,
+            observed: Some("203.0.113.7".parse().unwrap()),
+            open: vec!["203.0.113.7:50112".parse().unwrap()],
+        },
     ]
 }
 
 /// A new message fails to compile here until it has a name, and the test until it has a vector.
-const TO_COORDINATOR: [&str; 7] = ["found", "propose", "redeem", "hello", "publish", "ping", "open-relay"];
-const TO_NODE: [&str; 10] = [
+const TO_COORDINATOR: [&str; 9] =
+    ["found", "propose", "redeem", "hello", "publish", "ping", "open-relay", "locate", "announce"];
+const TO_NODE: [&str; 11] = [
     "refused",
     "proposal",
     "joined",
@@ -191,6 +199,7 @@ const TO_NODE: [&str; 10] = [
     "pong",
     "relay-opened",
     "relay-budget",
+    "located",
 ];
 
 fn name_to_coordinator(message: &ToCoordinator) -> &'static str {
@@ -202,6 +211,8 @@ fn name_to_coordinator(message: &ToCoordinator) -> &'static str {
         ToCoordinator::Publish { .. } => "publish",
         ToCoordinator::Ping { .. } => "ping",
         ToCoordinator::OpenRelay { .. } => "open-relay",
+        ToCoordinator::Locate { .. } => "locate",
+        ToCoordinator::Announce { .. } => "announce",
     }
 }
 
@@ -217,6 +228,7 @@ fn name_to_node(message: &ToNode) -> &'static str {
         ToNode::Pong { .. } => "pong",
         ToNode::RelayOpened { .. } => "relay-opened",
         ToNode::RelayBudget { .. } => "relay-budget",
+        ToNode::Located { .. } => "located",
     }
 }
 

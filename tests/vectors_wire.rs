@@ -184,6 +184,8 @@ fn sealed_v1() {
         filtering: Some("address-and-port-dependent".to_owned()),
         udp: Some(true),
         ports: None,
+        primed: None,
+        punch: None,
     };
     let short = PeerMessage { v: 1, n: 2, kind: MessageKind::Go, ..PeerMessage::default() };
     let answer = PeerMessage { v: 1, n: 3, kind: MessageKind::Answer, udp: Some(false), ..PeerMessage::default() };

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use crate::cli::error::CliError;
 use crate::cli::output::{BOLD, millis, paint};
 use crate::cli::{Global, client};
-use crate::wire::local::{Call, Netcheck, Response};
+use crate::wire::local::{Call, Netcheck, Punching, Response};
 use crate::wire::nat::PortModel;
 
 /// Options of `meshd netcheck`.
@@ -41,6 +41,9 @@ fn text(report: &Netcheck) -> String {
         row("NATs", "two, one behind the other");
     }
     row("port mapping", report.port_mapping.as_deref().unwrap_or("none"));
+    if let Some(punching) = &report.punching {
+        row("punching", &limits(punching));
+    }
     row("coordinator", &time(report.coordinator_rtt_ms));
     row("relay", &time(report.relay_rtt_ms));
     for server in &report.servers {
@@ -54,6 +57,14 @@ fn text(report: &Netcheck) -> String {
     text.push('\n');
     text.push_str(&report.meaning);
     text
+}
+
+fn limits(p: &Punching) -> String {
+    let heavy = p.heavy.as_ref().map(|peer| format!(", under way to {peer}")).unwrap_or_default();
+    format!(
+        "at most {} extra sockets ({} open), {} probes a second, {} addresses a minute ({} in the last){heavy}",
+        p.sockets_max, p.sockets, p.probes_per_second_max, p.entries_per_minute_max, p.entries_last_minute,
+    )
 }
 
 fn ports(model: Option<PortModel>) -> String {

@@ -8,7 +8,7 @@
 //! store fails, the ledger goes back to what is stored.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use crate::coord::io::{ConnId, Input, Output, why};
@@ -20,7 +20,7 @@ use crate::coord::writes::{InFlight, Write};
 use crate::time::{Now, UnixSeconds};
 use crate::trust::ledger::Ledger;
 use crate::trust::record::Member;
-use crate::wire::control::{StunServer, ToCoordinator, ToNode};
+use crate::wire::control::{MAX_OPEN, StunServer, ToCoordinator, ToNode};
 use crate::wire::keys::{ControlKey, Digest32, WgKey};
 
 mod guests;
@@ -120,6 +120,8 @@ struct Conn {
     spoke: bool,
     deadline: Option<Now>,
     listening: Option<Listening>,
+    /// Where everybody can reach the node, by its own word.
+    open: Vec<SocketAddr>,
 }
 
 /// A connection that said `Hello`.
@@ -243,7 +245,8 @@ impl Coordinator {
         let deadline = self.now + limits.guest_deadline;
         self.deadlines.insert((deadline, conn));
         self.guests += usize::from(guest);
-        let conn_state = Conn { key, from, guest, spoke: false, deadline: Some(deadline), listening: None };
+        let conn_state =
+            Conn { key, from, guest, spoke: false, deadline: Some(deadline), listening: None, open: Vec::new() };
         self.conns.insert(conn, conn_state);
     }
 
@@ -274,6 +277,8 @@ impl Coordinator {
                 (re, self.hello(conn, key, re, have, head, wall).map(|()| None))
             }
             ToCoordinator::OpenRelay { re } => (re, self.open_relay(conn, key, re).map(|()| None)),
+            ToCoordinator::Locate { re, peer } => (re, self.locate(&key, re, &peer).map(Some)),
+            ToCoordinator::Announce { re, open } => (re, self.announce(conn, &key, re, open).map(Some)),
             ToCoordinator::Publish { re, records } => (re, self.publish(conn, key, re, &records, wall).map(|()| None)),
         };
         match result {
@@ -287,6 +292,29 @@ impl Coordinator {
                 }
             }
         }
+    }
+
+    /// Where a member's connection comes from, and where it says that everybody can reach it.
+    fn locate(&self, key: &ControlKey, re: u64, peer: &WgKey) -> Result<ToNode, Refused> {
+        self.expect_member(key)?;
+        let conn = self.presence.connection(peer).and_then(|conn| self.conns.get(&conn));
+        let open = conn.map(|c| c.open.clone()).unwrap_or_default();
+        Ok(ToNode::Located { re, observed: conn.and_then(|c| c.from), open })
+    }
+
+    fn announce(
+        &mut self,
+        conn: ConnId,
+        key: &ControlKey,
+        re: u64,
+        mut open: Vec<SocketAddr>,
+    ) -> Result<ToNode, Refused> {
+        self.expect_member(key)?;
+        open.truncate(MAX_OPEN);
+        if let Some(c) = self.conns.get_mut(&conn) {
+            c.open = open;
+        }
+        Ok(ToNode::Published { re })
     }
 
     /// The connection's key is a stored member's: no deadline any more.

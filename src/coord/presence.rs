@@ -49,6 +49,11 @@ impl Presence {
         messages
     }
 
+    /// The connection of a member that is online.
+    pub(super) fn connection(&self, key: &WgKey) -> Option<ConnId> {
+        self.online.get(key).copied()
+    }
+
     /// When changes are due to be told.
     pub(super) const fn due(&self) -> Option<Now> {
         self.due

@@ -124,6 +124,8 @@ const fn asked(request: &ToCoordinator) -> u64 {
         | ToCoordinator::Redeem { re, .. }
         | ToCoordinator::Hello { re, .. }
         | ToCoordinator::Publish { re, .. }
+        | ToCoordinator::Locate { re, .. }
+        | ToCoordinator::Announce { re, .. }
         | ToCoordinator::Ping { re }
         | ToCoordinator::OpenRelay { re } => *re,
     }
@@ -136,6 +138,7 @@ const fn answered(message: &ToNode) -> Option<u64> {
         | ToNode::Joined { re }
         | ToNode::Welcome { re, .. }
         | ToNode::Published { re }
+        | ToNode::Located { re, .. }
         | ToNode::Pong { re, .. }
         | ToNode::RelayOpened { re, .. } => Some(*re),
         ToNode::Log { .. } | ToNode::Presence { .. } | ToNode::RelayBudget { .. } => None,

@@ -250,9 +250,16 @@ impl Api {
             }
             Call::Netcheck => {
                 let (servers, local) = self.known.get();
-                let report = netcheck::run(servers, local, &self.control, &self.relay).await;
+                let mut report = netcheck::run(servers, local, &self.control, &self.relay).await;
                 let input = Input::NetReport(Box::new(report.clone()));
-                self.planner.with(move |planner, now| planner.handle(input, now)).await?;
+                let punching = self
+                    .planner
+                    .with(move |planner, now| {
+                        planner.handle(input, now);
+                        planner.punching(now)
+                    })
+                    .await?;
+                report.punching = Some(punching);
                 out.write(&Response::Netcheck(Box::new(report))).await?;
             }
             Call::Invite { name, uses, expires_s, admin, routes } => {

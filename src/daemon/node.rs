@@ -35,7 +35,7 @@ use crate::daemon::worker::{self, Worker};
 use crate::daemon::{Options, UpReport, control_link, problem};
 use crate::engine::drops::Drops;
 use crate::engine::io::{Event, SocketId};
-use crate::engine::planner::{Config, Planner, StartError};
+use crate::engine::planner::{Config, Limits, Planner, StartError};
 use crate::os::netlink::{Changes, Netlink};
 use crate::os::tun::{Tun, TunError};
 use crate::os::udp::{BindError, UdpSockets};
@@ -186,6 +186,7 @@ impl Node {
             last_endpoints: state.endpoints.iter().map(|e| (e.peer, e.address)).collect(),
             seed: rand::random(),
             first_number: wall_micros().max(latest),
+            limits: Limits::default(),
         };
         let planner = Planner::new(config, Arc::clone(&drops), clock::now()).map_err(start_problem)?;
         let (outbound, inbound) = planner.worker();

@@ -207,6 +207,8 @@ impl Driver {
                     }
                 }
                 Output::Send { via, bytes } => self.send(via, bytes),
+                // Never asked for: `planner::Limits` says that this shell has neither.
+                Output::Prime { .. } | Output::OpenSockets(_) | Output::CloseSockets(_) => {}
                 Output::Control(message) => self.control.send(message),
                 Output::Persist(records) => {
                     self.w.store.records.lock().extend(records);

@@ -78,6 +78,8 @@ drops! {
     BadProbe = "bad-probe",
     /// Inbound: more path probes from one peer than are answered.
     ProbeLimit = "probe-limit",
+    /// Outbound: a path probe held back for politeness: too many in all, or too many to an address nobody vouched for.
+    Polite = "polite",
     /// Inbound: a sealed peer message that does not open, is old, or is malformed.
     BadSealed = "bad-sealed",
     /// Inbound: the TUN device refused the packet.

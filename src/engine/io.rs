@@ -17,9 +17,10 @@ use crate::wire::local::{Netcheck, Pong, Problem};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PeerId(pub u32);
 
-/// One of the node's UDP sockets. The first is the IPv4 one, the second the IPv6 one.
+/// One of the node's UDP sockets. The first is the IPv4 one, the second the IPv6 one; others are opened and closed as the
+/// planner asks for ([`Output::OpenSockets`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SocketId(pub u8);
+pub struct SocketId(pub u16);
 
 impl SocketId {
     /// The IPv4 socket.
@@ -149,6 +150,15 @@ pub enum Notice {
     UnknownIndex(WgKey),
 }
 
+/// A port mapping granted by a router.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PortMapping {
+    /// Where the outside reaches the IPv4 socket.
+    pub external: SocketAddr,
+    /// `pcp`, `nat-pmp` or `upnp`.
+    pub protocol: String,
+}
+
 /// A local interface address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LocalAddress {
@@ -184,6 +194,12 @@ pub enum Input {
     StunServers(Vec<SocketAddr>),
     /// Result of a full NAT check, run by the shell on a socket of its own.
     NetReport(Box<Netcheck>),
+    /// Those of the sockets asked for that are open now, each on a fresh port. Answers every [`Output::OpenSockets`]; what
+    /// arrives on them is handed in like anything else, with their number in [`Via::Udp`].
+    SocketsOpened(Vec<SocketId>),
+    /// A router granted a port mapping to the IPv4 socket, or renewed it; None: it is gone. A private or 100.64/10 address is
+    /// worth telling too: it serves peers behind the same carrier.
+    PortMapped(Option<PortMapping>),
     /// The link that carries datagrams refused one for good (address family missing, interface gone).
     SendFailed(Via),
     /// From the local API.
@@ -223,6 +239,22 @@ pub enum Output {
         /// What.
         bytes: Vec<u8>,
     },
+    /// Send a datagram that dies after `ttl` routers (IP time to live, IPv6 hop limit): it opens our own NAT and reaches
+    /// nobody. Only with [`crate::engine::planner::Limits::prime_ttl`].
+    Prime {
+        /// From which socket, where to.
+        via: Via,
+        /// What.
+        bytes: Vec<u8>,
+        /// Of this one datagram.
+        ttl: u8,
+    },
+    /// Open IPv4 UDP sockets on fresh ports, under these numbers, and answer with [`Input::SocketsOpened`] at once, with
+    /// fewer or none if it cannot be helped. Never more in all than
+    /// [`crate::engine::planner::Limits::extra_sockets`].
+    OpenSockets(Vec<SocketId>),
+    /// Close these. Their numbers may be used again.
+    CloseSockets(Vec<SocketId>),
     /// Tell every data worker. Queued before any datagram that lets the peer act on it.
     Update(Update),
     /// Send to the coordinator (only while the control link is up).

@@ -336,6 +336,7 @@ impl Netcheck {
             hairpin: self.hairpin.as_ref().map(|h| h.seen),
             double_nat: self.double_nat(&reflexive),
             port_mapping: None,
+            punching: None,
             ipv6,
             coordinator_rtt_ms: None,
             relay_rtt_ms: None,

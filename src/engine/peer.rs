@@ -1,7 +1,7 @@
 //! One peer as the planner sees it.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -42,6 +42,12 @@ pub(crate) struct Talk {
     pub(crate) wanted_until: Now,
     /// The addresses in our last call or answer.
     pub(crate) told: Vec<SocketAddr>,
+    /// Where the peer is seen, IPv4.
+    pub(crate) target: Option<SocketAddr>,
+    /// Addresses of the peer that answered a probe of ours, the newest first.
+    pub(crate) answered_from: Vec<IpAddr>,
+    /// Where the coordinator sees the peer's connection come from, and when it said so.
+    pub(crate) located: Option<(Option<IpAddr>, Now)>,
     /// The number in the last sealed message from the peer; only greater ones are accepted.
     pub(crate) heard_number: u64,
     /// The last time a lost session of the peer made us start a handshake.
@@ -88,6 +94,9 @@ impl Talk {
             path_since: now,
             wanted_until: Now::ZERO,
             told: Vec::new(),
+            target: None,
+            answered_from: Vec::new(),
+            located: None,
             heard_number: 0,
             revived: None,
         }

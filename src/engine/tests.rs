@@ -15,7 +15,7 @@ use crate::engine::inbound::Inbound;
 use crate::engine::io::{Command, Event, Input, LocalAddress, Notice, Output, PeerId, SocketId, Update, Via};
 use crate::engine::outbound::Outbound;
 use crate::engine::packet::{Destination, InboundSink, OutboundSink};
-use crate::engine::planner::{Config, Planner};
+use crate::engine::planner::{Config, Limits, Planner};
 use crate::time::Now;
 use crate::trust::founding::{Terms, found, invite_record, member_record, network_id, random_ranges};
 use crate::trust::keys::{NodeKeys, Secret32};
@@ -121,7 +121,12 @@ impl Node {
                     Output::Send { via, bytes } => self.wire.borrow_mut().push_back((self.number, via, bytes)),
                     Output::Update(update) => self.apply(update, now),
                     Output::Event(event) => self.events.push(event),
-                    Output::Control(_) | Output::Persist(_) | Output::ResolveStun(_) => {}
+                    Output::Control(_)
+                    | Output::Persist(_)
+                    | Output::ResolveStun(_)
+                    | Output::Prime { .. }
+                    | Output::OpenSockets(_)
+                    | Output::CloseSockets(_) => {}
                 }
             }
             if self.notices.is_empty() {
@@ -197,6 +202,7 @@ impl Pair {
                     last_endpoints: Vec::new(),
                     seed: [u8::try_from(number).unwrap(); 32],
                     first_number: 1,
+                    limits: Limits::default(),
                 };
                 let planner = Planner::new(config, Arc::clone(&drops), Now::ZERO).unwrap();
                 let (outbound, inbound) = planner.worker();

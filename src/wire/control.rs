@@ -4,7 +4,7 @@
 //! an unknown message type is answered with `Refused { code: "unknown-message" }` by the coordinator and skipped by a
 //! node. A message is at most [`MAX_MESSAGE`] bytes of JSON.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +15,9 @@ use crate::wire::relay_udp::SessionSecret;
 
 /// The longest control message, in bytes of JSON. A longer one ends the connection.
 pub const MAX_MESSAGE: usize = 1 << 20;
+
+/// The most addresses in an [`ToCoordinator::Announce`].
+pub const MAX_OPEN: usize = 4;
 
 /// The most records in one [`ToNode::Log`] message, so that it stays under [`MAX_MESSAGE`].
 pub const LOG_CHUNK: usize = 256;
@@ -70,6 +73,20 @@ pub enum ToCoordinator {
         re: u64,
         /// Each must be valid after the ones before it; one already in the log is fine.
         records: Vec<SignedRecord>,
+    },
+    /// Member: asks where another member is, as far as the coordinator knows; answered by `Located`.
+    Locate {
+        /// Answer number.
+        re: u64,
+        /// Whom.
+        peer: WgKey,
+    },
+    /// Member: everybody can reach it at these UDP addresses. Replaces the earlier list; answered by `Published`.
+    Announce {
+        /// Answer number.
+        re: u64,
+        /// At most [`MAX_OPEN`].
+        open: Vec<SocketAddr>,
     },
     /// Liveness; answered by `Pong`.
     Ping {
@@ -155,6 +172,15 @@ pub enum ToNode {
         online: Vec<WgKey>,
         /// Went offline.
         offline: Vec<WgKey>,
+    },
+    /// Answer to `Locate`. A claim of the coordinator's: good enough to decide where to look, no more.
+    Located {
+        /// The request's number.
+        re: u64,
+        /// Where the member's control connection comes from; null: it has none, or hides behind a proxy of the coordinator's.
+        observed: Option<IpAddr>,
+        /// What it announced.
+        open: Vec<SocketAddr>,
     },
     /// Answer to `Ping`.
     Pong {

@@ -186,6 +186,28 @@ pub struct StatusNat {
     pub reflexive: Vec<SocketAddr>,
     /// Port mapping protocol in use, or null.
     pub port_mapping: Option<String>,
+    /// Limits of punches, and how much of them is used.
+    #[serde(default)]
+    pub punching: Option<Punching>,
+}
+
+/// How far punches may go, and how far they went.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Punching {
+    /// Sockets open besides the main ones.
+    pub sockets: u16,
+    /// How many there may be; 0: punches that need several sockets are not made.
+    pub sockets_max: u16,
+    /// Probes sent since the start.
+    pub probes: u64,
+    /// How many there may be in a second.
+    pub probes_per_second_max: u32,
+    /// Addresses probed in the last minute; each costs an entry in the NAT's table.
+    pub entries_last_minute: u32,
+    /// How many there may be.
+    pub entries_per_minute_max: u32,
+    /// The peer that a punch with many sockets or ports is under way to; there is never more than one.
+    pub heavy: Option<String>,
 }
 
 /// One peer.
@@ -321,6 +343,9 @@ pub struct Netcheck {
     pub relay_rtt_ms: Option<f64>,
     /// One sentence on what that means.
     pub meaning: String,
+    /// Limits of punches, and how much of them is used; null: not known to who examined.
+    #[serde(default)]
+    pub punching: Option<Punching>,
 }
 
 /// One STUN server's answer.

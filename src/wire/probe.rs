@@ -311,6 +311,12 @@ pub struct PeerMessage {
     /// How the sender's NAT chooses ports; absent: not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ports: Option<PortModel>,
+    /// In an answer: the sender has sent to the caller's candidates, so that its NAT lets the caller in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub primed: Option<bool>,
+    /// The sender's part in a punch with many sockets or ports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub punch: Option<Punch>,
 }
 
 /// The kinds of peer message.
@@ -324,6 +330,81 @@ pub enum MessageKind {
     Answer,
     /// Start probing now.
     Go,
+    /// What the sender learned for a punch with many sockets or ports.
+    Ports,
+}
+
+/// The most numbers in a [`Punch`].
+pub const MAX_NUMBERS: usize = 96;
+
+/// One side's part in a punch with many sockets or ports (`engine/path/technique.rs`).
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Punch {
+    /// What the sender does.
+    pub role: Role,
+    /// External ports of the sender to try, the likeliest first; at most [`MAX_NUMBERS`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub numbers: Vec<u16>,
+    /// Lowest and highest external port the sender's sockets may have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub range: Option<(u16, u16)>,
+    /// Where the sender's NAT is in its counting.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub counter: Option<Counter>,
+}
+
+/// A NAT that counts its ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counter {
+    /// The port of the next mapping at the time of measuring.
+    pub next: u16,
+    /// From one mapping to the next.
+    pub step: i16,
+    /// Mappings of others in a second.
+    pub per_second: u16,
+    /// Microseconds from measuring to sending.
+    pub age: u64,
+}
+
+/// What one side does in a punch with many sockets or ports. Each has one counterpart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    /// Opens several sockets towards the other side and tells which ports they may have.
+    Opens,
+    /// Tries those ports.
+    Scans,
+    /// Both count: each sends to a row of the other's next ports.
+    Strides,
+    /// Both draw from small blocks: each sends from several sockets to many ports of the other's block.
+    Grid,
+    /// Counts, and sends to ports of the other's block.
+    Counts,
+    /// Draws from a block, and sends from several sockets to each of the other's next ports.
+    Guesses,
+    /// Cannot take part now.
+    Busy,
+    /// Something a newer version does.
+    #[default]
+    #[serde(other)]
+    Unknown,
+}
+
+impl Role {
+    /// What the other side does.
+    #[must_use]
+    pub const fn counterpart(self) -> Self {
+        match self {
+            Self::Opens => Self::Scans,
+            Self::Scans => Self::Opens,
+            Self::Strides => Self::Strides,
+            Self::Grid => Self::Grid,
+            Self::Counts => Self::Guesses,
+            Self::Guesses => Self::Counts,
+            Self::Busy => Self::Busy,
+            Self::Unknown => Self::Unknown,
+        }
+    }
 }
 
 /// An address a node may be reached at.

@@ -7,8 +7,8 @@ use std::os::unix::net::UnixListener;
 use std::process::Output;
 
 use meshd::wire::local::{
-    DropCount, Health, Netcheck, NetcheckServer, PathKind, Pong, Problem, Removed, Request, Response, Severity, Status,
-    StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply,
+    DropCount, Health, Netcheck, NetcheckServer, PathKind, Pong, Problem, Punching, Removed, Request, Response,
+    Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply,
 };
 use meshd::wire::nat::PortModel;
 
@@ -94,6 +94,14 @@ fn status() -> Status {
             port_model: None,
             reflexive: vec!["203.0.113.7:50112".parse().unwrap()],
             port_mapping: None,
+            punching: Some(Punching {
+                sockets_max: 512,
+                probes_per_second_max: 1000,
+                entries_per_minute_max: 4000,
+                probes: 28,
+                entries_last_minute: 3,
+                ..Punching::default()
+            }),
         },
         peers: vec![
             peer("nas", 2, true, path(PathKind::Direct, Some("198.51.100.4:38220"), Some(11.8), None)),
@@ -188,6 +196,7 @@ fn netcheck_document() {
         coordinator_rtt_ms: Some(20.4),
         relay_rtt_ms: None,
         meaning: "Most peers will be reached directly.".to_owned(),
+        punching: Some(Punching { probes: 28, probes_per_second_max: 1000, ..Punching::default() }),
     };
     check("netcheck", &["netcheck"], &[Response::Netcheck(Box::new(report)), Response::Done]);
 }

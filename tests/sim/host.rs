@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use meshd::engine::drops::{Drop, Drops};
 use meshd::engine::inbound::Inbound;
-use meshd::engine::io::{self, Input, Notice, Output, Path, PeerId, Update, Via};
+use meshd::engine::io::{self, Input, Notice, Output, Path, PeerId, SocketId, Update, Via};
 use meshd::engine::outbound::Outbound;
 use meshd::engine::packet::{Destination, InboundSink, OutboundSink};
 use meshd::engine::planner::{Config, Planner, Why};
@@ -27,8 +27,12 @@ const WAKES_PER_SECOND: u32 = 1_000;
 /// What a node wants from the world around it.
 #[derive(Debug)]
 pub(crate) enum Want {
-    /// A datagram out of our UDP socket.
-    Udp { remote: SocketAddr, bytes: Vec<u8> },
+    /// A datagram out of one of our UDP sockets, with its time to live if it is not the usual one.
+    Udp { socket: SocketId, remote: SocketAddr, bytes: Vec<u8>, ttl: Option<u8> },
+    /// More sockets.
+    Open(Vec<SocketId>),
+    /// Fewer.
+    Close(Vec<SocketId>),
     /// A payload for a peer through the relay.
     Relay { peer: WgKey, bytes: Vec<u8> },
     /// A control message.
@@ -190,7 +194,7 @@ impl Machines {
     fn collect(&mut self, sink: Sink, wants: &mut Vec<Want>) {
         for (to, bytes) in sink.datagrams {
             wants.push(match to {
-                Destination::Udp { remote, .. } => Want::Udp { remote, bytes },
+                Destination::Udp { socket, remote } => Want::Udp { socket, remote, bytes, ttl: None },
                 Destination::Relay { peer } => Want::Relay { peer, bytes },
             });
         }
@@ -220,7 +224,15 @@ impl Machines {
                 );
             }
             match output {
-                Output::Send { via: Via::Udp { remote, .. }, bytes } => wants.push(Want::Udp { remote, bytes }),
+                Output::Send { via: Via::Udp { socket, remote }, bytes } => {
+                    wants.push(Want::Udp { socket, remote, bytes, ttl: None });
+                }
+                Output::Prime { via: Via::Udp { socket, remote }, bytes, ttl } => {
+                    wants.push(Want::Udp { socket, remote, bytes, ttl: Some(ttl) });
+                }
+                Output::Prime { via: Via::Relay { .. }, .. } => panic!("nothing dies on the way through the relay"),
+                Output::OpenSockets(sockets) => wants.push(Want::Open(sockets)),
+                Output::CloseSockets(sockets) => wants.push(Want::Close(sockets)),
                 Output::Send { via: Via::Relay { peer }, bytes } => wants.push(Want::Relay { peer, bytes }),
                 Output::Update(update) => {
                     self.last_update = self.last_update.max(Now(self.now.0 + self.dice.below(THREAD_DELAY_US)));

@@ -17,6 +17,8 @@ pub(crate) struct Link {
     pub(crate) reorder: u8,
     /// Longest IP packet in bytes; a longer one vanishes, as behind a filter that eats ICMP.
     pub(crate) mtu: usize,
+    /// Routers within it that every datagram crosses.
+    pub(crate) hops: u8,
     /// A network that is down carries nothing.
     pub(crate) up: bool,
 }
@@ -26,7 +28,7 @@ pub(crate) const HELD_BACK_US: u64 = 30_000;
 
 impl Default for Link {
     fn default() -> Self {
-        Self { delay_us: 0, jitter_us: 0, loss: 0, duplicate: 0, reorder: 0, mtu: 1_500, up: true }
+        Self { delay_us: 0, jitter_us: 0, loss: 0, duplicate: 0, reorder: 0, mtu: 1_500, hops: 0, up: true }
     }
 }
 

@@ -36,6 +36,7 @@ macro_rules! named_runs {
 mod adversary;
 mod budget;
 mod dice;
+mod hard;
 mod host;
 mod inner;
 mod link;
@@ -94,6 +95,8 @@ fn replay_one() {
             "budget" => budget::run(name, seed),
             _ => panic!("no kind of run is called {kind:?}"),
         }
+    } else if let Some(line) = line.strip_prefix("hard ") {
+        say(&hard::replay(line));
     } else {
         say(&format!("{:?}", matrix::run(&line.parse().unwrap())));
     }

@@ -80,11 +80,9 @@ pub(crate) fn run(scenario: &Scenario) -> Outcome {
 
 #[cfg(test)]
 mod tests {
-    use std::fmt::Write as _;
-
     use super::*;
     use crate::dice::Dice;
-    use crate::nat::{Kind, NAMES};
+    use crate::nat::Kind;
     use crate::scenario::Shape;
 
     const SHAPES: [Shape; 3] = [Shape::Apart, Shape::Lan, Shape::Carrier];
@@ -140,54 +138,4 @@ mod tests {
         let one: Scenario = "a=linux b=linux loss=20 seed=1".parse().unwrap();
         assert_ne!(run(&one).trace, run(&Scenario { seed: 2, ..one }).trace);
     }
-
-    /// The published table is what the engine does. `MESHD_UPDATE=1` writes it anew.
-    #[test]
-    fn the_published_matrix_is_current() {
-        if crate::replay().is_some() {
-            return;
-        }
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reference/nat-matrix.md");
-        let table = published();
-        if std::env::var_os("MESHD_UPDATE").is_some() {
-            std::fs::create_dir_all(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/reference")).unwrap();
-            std::fs::write(path, &table).unwrap();
-        }
-        let committed = std::fs::read_to_string(path).unwrap_or_default();
-        assert_eq!(committed, table, "run with MESHD_UPDATE=1 and read the difference");
-    }
-
-    fn published() -> String {
-        let mut out = String::from(HEAD);
-        let kinds = Kind::all();
-        let _ = writeln!(out, "| | {} |", NAMES.join(" | "));
-        let _ = writeln!(out, "|---|{}", "---|".repeat(NAMES.len()));
-        for (a, name) in kinds.iter().zip(NAMES) {
-            let _ = write!(out, "| **{name}** |");
-            for b in &kinds {
-                let outcome = run(&Scenario { seed: 1, ..Scenario::pair(*a, *b) });
-                out.push_str(if outcome.direct_after.is_some() { " direct |" } else { " relay |" });
-            }
-            out.push('\n');
-        }
-        out.push_str(TAIL);
-        out
-    }
-
-    const HEAD: &str = "\
-# Which pairs of NATs get a direct path
-
-Written by the simulator (`tests/sim/matrix.rs`), which runs the real engine and coordinator between two nodes; do not
-edit. Rows speak first. Words are those of RFC 4787: mapping endpoint-independent (`eim`), address-dependent (`adm`), address-
-and port-dependent (`apdm`); filtering likewise (`eif`, `adf`, `apdf`). `seq` counts its ports up, the others draw them; `linux`
-is masquerade with its default settings; `blocked` lets no UDP out.
-
-Two nodes on the internet, each behind its own NAT:
-
-";
-
-    const TAIL: &str = "
-The same pairs on one LAN are always direct. Behind one carrier's NAT they are as in the table if the carrier's NAT is
-endpoint-independent and hairpins (RFC 6888), and relayed otherwise, unless one of them has no NAT of its own there.
-";
 }

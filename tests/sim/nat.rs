@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -49,6 +49,8 @@ pub(crate) enum Ports {
     Random,
     /// One more than the last.
     Sequential,
+    /// Drawn from a block of so many.
+    Block(u16),
 }
 
 /// What stands between a host and the network outside it.
@@ -64,6 +66,10 @@ pub(crate) enum Kind {
     Linux {
         /// The router's INPUT chain accepts what nobody asked for (plain Docker, libvirt and lab routers).
         open_input: bool,
+        /// `masquerade fully-random`: ports are drawn for every flow, from a block of so many or from all (0).
+        draws: Option<u16>,
+        /// Flows its table holds; 0: as many as there are.
+        table: u16,
     },
 }
 
@@ -77,6 +83,8 @@ pub(crate) struct Rfc4787 {
     pub(crate) hairpin: bool,
     /// Seconds until an unused mapping is gone.
     pub(crate) lifetime_s: u16,
+    /// Mappings that others behind a NAT that counts make in a second.
+    pub(crate) foreign: u16,
 }
 
 /// RFC 4787 REQ-5: at least two minutes.
@@ -89,6 +97,8 @@ const LINUX_STREAM: Duration = Duration::from_secs(120);
 const LINUX_STREAM_AFTER: Duration = Duration::from_secs(2);
 /// External ports are drawn from here up.
 const FIRST_PORT: u16 = 1_024;
+/// Where blocks begin.
+const BLOCK_BASE: u16 = 20_000;
 
 impl Kind {
     /// The columns of `research/nat.md` section 2.1, then what completes the nine kinds, then no UDP at all.
@@ -119,8 +129,15 @@ impl fmt::Display for Kind {
         match self {
             Self::Public => f.write_str("public"),
             Self::Blocked => f.write_str("blocked"),
-            Self::Linux { open_input: false } => f.write_str("linux"),
-            Self::Linux { open_input: true } => f.write_str("linux+open"),
+            Self::Linux { open_input, draws, table } => {
+                f.write_str(if *open_input { "linux+open" } else { "linux" })?;
+                match draws {
+                    None => {}
+                    Some(0) => f.write_str("+random")?,
+                    Some(n) => write!(f, "+block{n}")?,
+                }
+                if *table == 0 { Ok(()) } else { write!(f, "+table{table}") }
+            }
             Self::Rfc4787(kind) => {
                 let mapping = match kind.mapping {
                     Mapping::Eim => "eim",
@@ -135,10 +152,19 @@ impl fmt::Display for Kind {
                 let ports = match kind.ports {
                     Ports::Keep => "+keep",
                     Ports::Random => "",
-                    Ports::Sequential => "+seq",
+                    Ports::Sequential | Ports::Block(_) => "",
                 };
                 let hairpin = if kind.hairpin { "+hair" } else { "" };
-                write!(f, "{mapping}+{filtering}{ports}{hairpin}")?;
+                write!(f, "{mapping}+{filtering}{ports}")?;
+                match kind.ports {
+                    Ports::Sequential => f.write_str("+seq")?,
+                    Ports::Block(n) => write!(f, "+block{n}")?,
+                    Ports::Keep | Ports::Random => {}
+                }
+                f.write_str(hairpin)?;
+                if kind.foreign != 0 {
+                    write!(f, "+foreign{}", kind.foreign)?;
+                }
                 if kind.lifetime_s == LIFETIME_S { Ok(()) } else { write!(f, "+life{}", kind.lifetime_s) }
             }
         }
@@ -152,11 +178,23 @@ impl FromStr for Kind {
         match text {
             "public" => return Ok(Self::Public),
             "blocked" => return Ok(Self::Blocked),
-            "linux" => return Ok(Self::Linux { open_input: false }),
-            "linux+open" => return Ok(Self::Linux { open_input: true }),
             _ => {}
         }
         let mut words = text.split('+');
+        if text == "linux" || text.starts_with("linux+") {
+            let (mut open_input, mut draws, mut table) = (false, None, 0);
+            for word in words.skip(1) {
+                let number = |name: &str| word.strip_prefix(name).and_then(|n| n.parse().ok());
+                match (word, number("block"), number("table")) {
+                    ("open", ..) => open_input = true,
+                    ("random", ..) => draws = Some(0),
+                    (_, Some(n), _) => draws = Some(n),
+                    (_, _, Some(n)) => table = n,
+                    _ => return Err(format!("no option {word:?} in {text:?}")),
+                }
+            }
+            return Ok(Self::Linux { open_input, draws, table });
+        }
         let mapping = match words.next() {
             Some("eim") => Mapping::Eim,
             Some("adm") => Mapping::Adm,
@@ -175,10 +213,15 @@ impl FromStr for Kind {
                 "keep" => kind.ports = Ports::Keep,
                 "seq" => kind.ports = Ports::Sequential,
                 "hair" => kind.hairpin = true,
-                _ => match word.strip_prefix("life").and_then(|s| s.parse().ok()) {
-                    Some(seconds) => kind.lifetime_s = seconds,
-                    None => return Err(format!("no option {word:?} in {text:?}")),
-                },
+                _ => {
+                    let number = |name: &str| word.strip_prefix(name).and_then(|n| n.parse().ok());
+                    match (number("life"), number("block"), number("foreign")) {
+                        (Some(seconds), ..) => kind.lifetime_s = seconds,
+                        (_, Some(ports), _) => kind.ports = Ports::Block(ports),
+                        (.., Some(rate)) => kind.foreign = rate,
+                        _ => return Err(format!("no option {word:?} in {text:?}")),
+                    }
+                }
             }
         }
         Ok(Self::Rfc4787(kind))
@@ -222,6 +265,8 @@ struct Table {
     /// External port and remote it was used to → until when the remote may answer.
     permits: BTreeMap<(u16, SocketAddr), Now>,
     last_port: u16,
+    /// When somebody else makes the next mapping.
+    foreign_at: Now,
 }
 
 #[derive(Debug, Default)]
@@ -230,6 +275,9 @@ struct Flows {
     flows: BTreeMap<(SocketAddr, SocketAddr), Flow>,
     /// External port and remote → whose tuple it is (`None`: the router's own).
     tuples: BTreeMap<(u16, SocketAddr), (Option<SocketAddr>, Now)>,
+    /// See [`Kind::Linux`].
+    draws: Option<u16>,
+    room: u16,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -246,7 +294,9 @@ impl Nat {
             Kind::Public => return None,
             Kind::Blocked => State::Blocked,
             Kind::Rfc4787(kind) => State::Rfc4787(kind, Table { last_port: 29_999, ..Table::default() }),
-            Kind::Linux { open_input } => State::Linux { open_input, flows: Flows::default() },
+            Kind::Linux { open_input, draws, table } => {
+                State::Linux { open_input, flows: Flows { draws, room: table, ..Flows::default() } }
+            }
         };
         Some(Self { external, dice, state })
     }
@@ -264,8 +314,10 @@ impl Nat {
     pub(crate) fn reboot(&mut self) {
         match &mut self.state {
             State::Blocked => {}
-            State::Rfc4787(_, table) => *table = Table { last_port: table.last_port, ..Table::default() },
-            State::Linux { flows, .. } => *flows = Flows::default(),
+            State::Rfc4787(_, table) => {
+                *table = Table { last_port: table.last_port, foreign_at: table.foreign_at, ..Table::default() };
+            }
+            State::Linux { flows, .. } => *flows = Flows { draws: flows.draws, room: flows.room, ..Flows::default() },
             State::Firewall(permits) => permits.clear(),
         }
     }
@@ -281,7 +333,7 @@ impl Nat {
         let port = match &mut self.state {
             State::Blocked => return None,
             State::Rfc4787(kind, table) => table.outbound(kind, now, inside, remote, &mut self.dice),
-            State::Linux { flows, .. } => flows.outbound(now, inside, remote, &mut self.dice),
+            State::Linux { flows, .. } => flows.outbound(now, inside, remote, &mut self.dice)?,
             State::Firewall(permits) => {
                 permits.insert((inside, remote), now + LINUX_STREAM);
                 return Some(inside);
@@ -322,7 +374,7 @@ impl Nat {
 impl Rfc4787 {
     /// Draws its ports, does not hairpin, forgets after the shortest lifetime that RFC 4787 allows.
     pub(crate) const fn new(mapping: Mapping, filtering: Filtering) -> Self {
-        Self { mapping, filtering, ports: Ports::Random, hairpin: false, lifetime_s: LIFETIME_S }
+        Self { mapping, filtering, ports: Ports::Random, hairpin: false, lifetime_s: LIFETIME_S, foreign: 0 }
     }
 
     const fn key(&self, remote: SocketAddr) -> Key {
@@ -343,7 +395,7 @@ impl Table {
         let row = (inside, kind.key(remote));
         let port = match self.rows.get(&row) {
             Some(port) if self.owner(*port, now) == Some(inside) => *port,
-            _ => self.allocate(kind.ports, now, inside.port(), dice),
+            _ => self.allocate(kind, now, inside.port(), dice),
         };
         self.rows.insert(row, port);
         self.owners.insert(port, (inside, now + kind.lifetime()));
@@ -371,44 +423,74 @@ impl Table {
         self.owners.get(&port).filter(|(_, end)| now < *end).map(|(inside, _)| *inside)
     }
 
-    fn allocate(&mut self, ports: Ports, now: Now, wanted: u16, dice: &mut Dice) -> u16 {
+    fn allocate(&mut self, kind: &Rfc4787, now: Now, wanted: u16, dice: &mut Dice) -> u16 {
+        let ports = kind.ports;
         if ports == Ports::Keep && self.owner(wanted, now).is_none() {
             return wanted;
         }
+        self.others_count_on(kind.foreign, now, dice);
         loop {
             let port = match ports {
                 Ports::Sequential => {
                     self.last_port = self.last_port.checked_add(1).unwrap_or(FIRST_PORT);
                     self.last_port
                 }
+                Ports::Block(n) => BLOCK_BASE + u16::try_from(dice.below(u64::from(n))).unwrap_or(0),
                 Ports::Keep | Ports::Random => draw_port(dice),
             };
             if self.owner(port, now).is_none() {
                 // A port that is used again starts without the rights of its last life.
-                self.permits.retain(|(p, _), _| *p != port);
+                let (lowest, highest) = (Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::from(u128::MAX).into());
+                let old = (port, SocketAddr::new(lowest, 0))..=(port, SocketAddr::new(highest, u16::MAX));
+                for right in self.permits.range(old).map(|(right, _)| *right).collect::<Vec<_>>() {
+                    self.permits.remove(&right);
+                }
                 return port;
             }
+        }
+    }
+
+    /// Mappings of others since the last look: a Poisson process.
+    fn others_count_on(&mut self, a_second: u16, now: Now, dice: &mut Dice) {
+        if a_second == 0 {
+            return;
+        }
+        while self.foreign_at <= now {
+            self.last_port = self.last_port.checked_add(1).unwrap_or(FIRST_PORT);
+            let mean = 1_000_000.0 / f64::from(a_second);
+            let unit = (dice.below(1 << 30) + 1) as f64 / f64::from(1 << 30);
+            self.foreign_at = Now(self.foreign_at.0 + (-unit.ln() * mean) as u64 + 1);
         }
     }
 }
 
 impl Flows {
-    fn outbound(&mut self, now: Now, inside: SocketAddr, remote: SocketAddr, dice: &mut Dice) -> u16 {
+    fn outbound(&mut self, now: Now, inside: SocketAddr, remote: SocketAddr, dice: &mut Dice) -> Option<u16> {
         let alive = self
             .flows
             .get(&(inside, remote))
             .copied()
             .filter(|f| self.holder(f.port, remote, now) == Some(Some(inside)));
+        if alive.is_none() && self.room != 0 {
+            self.tuples.retain(|_, (_, end)| now < *end);
+            if self.tuples.len() >= usize::from(self.room) {
+                return None; // "nf_conntrack: table full, dropping packet"
+            }
+        }
         let flow = alive.unwrap_or_else(|| {
-            let mut port = inside.port();
+            let mut draw = || match self.draws {
+                Some(n) if n > 0 => BLOCK_BASE + u16::try_from(dice.below(u64::from(n))).unwrap_or(0),
+                _ => draw_port(dice),
+            };
+            let mut port = if self.draws.is_some() { draw() } else { inside.port() };
             while self.holder(port, remote, now).is_some() {
-                port = draw_port(dice);
+                port = draw();
             }
             Flow { port, created: now, answered: false }
         });
         self.flows.insert((inside, remote), flow);
         self.tuples.insert((flow.port, remote), (Some(inside), now + flow.lifetime(now)));
-        flow.port
+        Some(flow.port)
     }
 
     fn inbound(&mut self, open_input: bool, now: Now, remote: SocketAddr, port: u16) -> Option<SocketAddr> {
@@ -477,7 +559,15 @@ mod tests {
 
     #[test]
     fn every_name_reads_back() {
-        for name in NAMES.iter().chain(&["linux+open", "eim+apdf+keep+hair+life30", "adm+eif+seq"]) {
+        for name in NAMES.iter().chain(&[
+            "linux+open",
+            "linux+block512",
+            "linux+open+random+table300",
+            "eim+apdf+keep+hair+life30",
+            "adm+eif+seq",
+            "apdm+apdf+seq+foreign200",
+            "apdm+adf+block512",
+        ]) {
             assert_eq!(name.parse::<Kind>().unwrap().to_string(), *name);
         }
         for bad in ["", "eim", "eim+xxx", "eim+apdf+fast", "linux+shut", "eim+apdf+life"] {

@@ -38,6 +38,7 @@ fn punchable(a: Behaviour, b: Behaviour) -> bool {
 fn worst(chain: &[Kind]) -> Behaviour {
     let one = |kind: &Kind| match kind {
         Kind::Public => (Mapping::Eim, Filtering::Eif),
+        Kind::Linux { draws: Some(_), .. } => (Mapping::Apdm, Filtering::Apdf),
         Kind::Linux { .. } => (Mapping::Eim, Filtering::Apdf),
         Kind::Rfc4787(kind) => (kind.mapping, kind.filtering),
         Kind::Blocked => (Mapping::Apdm, Filtering::Apdf),

@@ -11,11 +11,13 @@ use meshd::coord::io::ConnId;
 use meshd::coord::relay_hub::RelayConn;
 use meshd::engine::drops::Drop as Reason;
 use meshd::engine::io::{Command, Event as NodeEvent, Input, LocalAddress, Notice, Path, SocketId, Via};
-use meshd::engine::planner::{Config, ShellStatus};
+use meshd::engine::netcheck::{Netcheck, SocketSlot};
+use meshd::engine::planner::{Config, Limits, ShellStatus};
 use meshd::time::{Now, UnixSeconds};
 use meshd::trust::founding::{Terms, found, invite_record, member_record, network_id};
 use meshd::trust::keys::{NodeKeys, Secret32};
 use meshd::trust::record::{SignedRecord, member_ipv6};
+use meshd::wire::classify::{Kind, classify};
 use meshd::wire::control::{StunServer, ToCoordinator, ToNode};
 use meshd::wire::keys::{ControlKey, NetworkId, WgKey};
 use meshd::wire::local::{PathKind, Status, StatusPeer};
@@ -69,6 +71,8 @@ pub(crate) enum Event {
     RelayToServer(u64, Vec<u8>),
     RelayToNode(Life, u64, Vec<u8>),
     Persisted(u64),
+    /// The shell's NAT check begins, or something of it is due.
+    Check(Life, Option<Vec<SocketAddr>>),
 }
 
 /// A node's life so far and what survives it.
@@ -97,6 +101,20 @@ pub(crate) struct Node {
     pub(crate) control_sent: u64,
     /// The kernel is asleep: nothing is received, no timer runs.
     asleep: bool,
+    /// Ports of the sockets besides the main one, and what they are for.
+    pub(crate) extra: BTreeMap<u16, Extra>,
+    pub(crate) check: Option<Box<Netcheck>>,
+    /// Probes and STUN requests sent by the planner.
+    pub(crate) probes: u64,
+    /// The most sockets for the planner that were open at once.
+    pub(crate) most_extra: usize,
+}
+
+/// What a socket besides the main one is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extra {
+    Data(SocketId),
+    Check(SocketSlot),
 }
 
 /// A connection that is up.
@@ -147,6 +165,14 @@ pub(crate) struct Sim {
     /// Watches for these bytes in relay frames and control messages.
     forbidden: Option<Vec<u8>>,
     leaked: u64,
+    /// What the nodes' shells can do for punches.
+    pub(crate) limits: Limits,
+    /// What the relay passes on to this node from then on comes so much later.
+    pub(crate) late: Option<(NodeRef, Now, Duration)>,
+    /// A proxy stands before the coordinator: it does not see where nodes are.
+    pub(crate) proxied: bool,
+    /// The nodes' shells run the NAT check once STUN servers are known.
+    pub(crate) checks: bool,
     /// Ended by [`Self::finish`]: nothing to report.
     finished: bool,
     _logs: DefaultGuard,
@@ -172,6 +198,8 @@ const ROUND_TRIPS_TO_CONNECT: u32 = 4;
 const REDIAL_MS: [u64; 4] = [500, 1_000, 2_000, 4_000];
 /// Resolving a name.
 const RESOLVE: Duration = Duration::from_millis(5);
+/// The shell opens sockets.
+const OPENING: Duration = Duration::from_millis(1);
 /// The kernel answers an echo request.
 const KERNEL: Duration = Duration::from_micros(50);
 /// A server notices a node that vanished without a word.
@@ -212,6 +240,10 @@ impl Sim {
             next_series: 1,
             forbidden: None,
             leaked: 0,
+            limits: Limits { prime_ttl: Some(2), ..Limits::default() },
+            late: None,
+            proxied: false,
+            checks: false,
             finished: false,
             _logs: logs::catch(crate::aloud()),
         }
@@ -274,6 +306,10 @@ impl Sim {
             relay_sent: 0,
             control_sent: 0,
             asleep: false,
+            extra: BTreeMap::new(),
+            check: None,
+            probes: 0,
+            most_extra: 0,
         });
         NodeRef(number)
     }
@@ -337,10 +373,13 @@ impl Sim {
             last_endpoints: n.last_endpoints.iter().map(|(k, a)| (*k, *a)).collect(),
             seed: bytes,
             first_number: WALL * 1_000_000 + now.0,
+            limits: self.limits,
         };
         let mut wants = Vec::new();
         n.machines = Some(Machines::new(config, now, Dice::new(seed).fork("threads"), &mut wants));
         n.asleep = false;
+        n.extra.clear();
+        n.check = None;
         let life = Life(node.0, n.life);
         self.carry_out(life, wants);
         self.input(node, Input::Addresses(addresses));
@@ -610,6 +649,12 @@ impl Sim {
         self.world.trace.note(self.world.now(), who, text.to_owned());
     }
 
+    /// A payload as the relay delivers it, though nobody sent it.
+    pub(crate) fn forge_relayed(&mut self, node: NodeRef, from: WgKey, payload: &[u8]) {
+        let (now, life) = (self.world.now(), self.life(node));
+        self.with_machines(life, |m, wants| m.datagram(Via::Relay { peer: from }, payload, now, wants));
+    }
+
     /// Hands a command to a node's planner, as the local API does.
     pub(crate) fn command(&mut self, node: NodeRef, command: Command) {
         self.input(node, Input::Command(command));
@@ -709,11 +754,15 @@ impl Sim {
         let Some(i) = self.nodes.iter().position(|n| n.host == host) else { return };
         let now = self.world.now();
         let life = self.life(NodeRef(i));
+        let socket = match self.nodes[i].extra.get(&to.port()).copied() {
+            _ if self.nodes[i].asleep => return,
+            None if to.port() == self.nodes[i].port => SocketId::for_remote(&from),
+            Some(Extra::Data(socket)) => socket,
+            Some(Extra::Check(slot)) => return self.check_heard(life, slot, from, bytes),
+            None => return,
+        };
         let node = &mut self.nodes[i];
-        if to.port() != node.port || node.asleep {
-            return;
-        }
-        let via = Via::Udp { socket: SocketId::for_remote(&from), remote: from };
+        let via = Via::Udp { socket, remote: from };
         let mut wants = Vec::new();
         if let Some(machines) = &mut node.machines {
             machines.datagram(via, bytes, now, &mut wants);
@@ -761,6 +810,7 @@ impl Sim {
                     self.relay_frames(life, &bytes);
                 }
             }
+            Event::Check(life, servers) => self.check_due(life, servers),
             Event::Persisted(ticket) => self.with_server(|s, wants| s.persisted(ticket, now, wants)),
         }
     }
@@ -796,7 +846,8 @@ impl Sim {
         let number = self.next_number;
         self.next_number += 1;
         let key = self.nodes[i].control;
-        let seen = self.world.addresses(self.nodes[i].host)[0];
+        let outside = self.world.seen_from_outside(self.nodes[i].host).unwrap();
+        let seen = if self.proxied { SERVER_V4[1].into() } else { outside };
         let from = SocketAddr::new(seen, 1);
         let mut setup = self.tcp_delay * 2 * ROUND_TRIPS_TO_CONNECT;
         for _ in 0..2 * ROUND_TRIPS_TO_CONNECT {
@@ -910,13 +961,28 @@ impl Sim {
         for want in wants {
             let node = &mut self.nodes[life.0];
             match want {
-                host::Want::Udp { remote, bytes } => {
+                host::Want::Udp { socket, remote, bytes, ttl } => {
                     *node.sent_to.entry(remote).or_default() += 1;
-                    let (host, port) = (node.host, node.port);
-                    if !self.world.send(host, port, remote, bytes) {
-                        let via = Via::Udp { socket: SocketId::for_remote(&remote), remote };
+                    node.probes += u64::from(classify(&bytes) == Kind::Stun);
+                    let extra = node.extra.iter().find(|(_, e)| **e == Extra::Data(socket)).map(|(port, _)| *port);
+                    let main = socket == SocketId::for_remote(&remote);
+                    let Some(port) = extra.or(main.then_some(node.port)) else { continue };
+                    let host = node.host;
+                    let sent = match ttl {
+                        Some(ttl) => self.world.send_within(host, port, remote, bytes, ttl),
+                        None => self.world.send(host, port, remote, bytes),
+                    };
+                    if !sent {
+                        let via = Via::Udp { socket, remote };
                         self.world.at(now, Event::Input(life, Box::new(Input::SendFailed(via))));
                     }
+                }
+                host::Want::Open(sockets) => {
+                    let opened = self.open_sockets(life, &sockets);
+                    self.world.at(now + OPENING, Event::Input(life, Box::new(Input::SocketsOpened(opened))));
+                }
+                host::Want::Close(sockets) => {
+                    node.extra.retain(|_, e| !matches!(e, Extra::Data(socket) if sockets.contains(socket)));
                 }
                 host::Want::Relay { peer, bytes } => {
                     node.relay_sent += 1;
@@ -944,6 +1010,9 @@ impl Sim {
                 }
                 host::Want::ResolveStun(servers) => {
                     let resolved = resolve(&servers);
+                    if self.checks {
+                        self.world.at(now + RESOLVE, Event::Check(life, Some(resolved.clone())));
+                    }
                     self.world.at(now + RESOLVE, Event::Input(life, Box::new(Input::StunServers(resolved))));
                 }
                 host::Want::ToKernel(packet) => self.kernel_gets(life, packet),
@@ -995,7 +1064,8 @@ impl Sim {
                 server::Want::Relay(conn, bytes) => {
                     let Some(life) = self.peers_of.get(&(Link::Relay, conn.0)).copied() else { continue };
                     self.watch(&bytes);
-                    let at = self.arrival(Link::Relay, conn.0, false);
+                    let late = self.late.filter(|(node, from, _)| node.0 == life.0 && *from <= now).map(|(.., by)| by);
+                    let at = self.arrival(Link::Relay, conn.0, false) + late.unwrap_or_default();
                     self.world.at(at, Event::RelayToNode(life, conn.0, bytes));
                 }
                 server::Want::CloseRelay(conn) => self.server_closes(Link::Relay, conn.0),
@@ -1025,11 +1095,33 @@ impl Sim {
         self.world.addresses(host).iter().map(|ip| LocalAddress { ip: *ip, prefix_len: prefix_len(ip) }).collect()
     }
 
+    pub(crate) fn carry_out_check(&mut self, Life(i, _): Life, port: u16, to: SocketAddr, bytes: Vec<u8>) {
+        self.world.send(self.nodes[i].host, port, to, bytes);
+    }
+
+    pub(crate) fn node_mut(&mut self, Life(i, _): Life) -> &mut Node {
+        &mut self.nodes[i]
+    }
+
+    pub(crate) const fn node_of(Life(i, _): Life) -> NodeRef {
+        NodeRef(i)
+    }
+
+    /// A port that no socket of the node has.
+    pub(crate) fn free_port(&mut self, Life(i, _): Life) -> u16 {
+        loop {
+            let port = 32_768 + u16::try_from(self.dice.below(28_000)).unwrap();
+            if port != self.nodes[i].port && !self.nodes[i].extra.contains_key(&port) {
+                return port;
+            }
+        }
+    }
+
     fn life(&self, node: NodeRef) -> Life {
         Life(node.0, self.nodes[node.0].life)
     }
 
-    fn is_current(&self, life: Life) -> bool {
+    pub(crate) fn is_current(&self, life: Life) -> bool {
         self.nodes[life.0].life == life.1
     }
 

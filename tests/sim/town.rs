@@ -52,8 +52,11 @@ pub(crate) struct Site {
     base: u8,
 }
 
+/// Routers of the internet between two sites.
+const HOPS: u8 = 6;
 /// One crossing of a home network.
-const LAN: Link = Link { delay_us: 200, jitter_us: 0, loss: 0, duplicate: 0, reorder: 0, mtu: 1_500, up: true };
+const LAN: Link =
+    Link { delay_us: 200, jitter_us: 0, loss: 0, duplicate: 0, reorder: 0, mtu: 1_500, hops: 0, up: true };
 /// Where the coordinator is.
 pub(crate) const SERVER_V4: [Ipv4Addr; 2] = [Ipv4Addr::new(203, 0, 113, 1), Ipv4Addr::new(203, 0, 113, 2)];
 pub(crate) const SERVER_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0xff, 0, 0, 0, 0, 1);
@@ -69,7 +72,7 @@ impl Town {
         families: Families,
         dice: Dice,
     ) -> Self {
-        let internet = world.add_net(weather);
+        let internet = world.add_net(Link { hops: HOPS, ..weather });
         Self { internet, families, distance_us: direct_one_way_us / 2, dice, sites: 0 }
     }
 
@@ -113,7 +116,7 @@ impl Town {
             v6,
             distance_us,
             families: self.families,
-            base: 20 * n,
+            base: 20u8.wrapping_mul(n),
         };
         let mut outside_v4 = Ipv4Addr::new(outer_v4[0], outer_v4[1], outer_v4[2], 10 + n);
         // From the outermost box inwards.

@@ -40,8 +40,8 @@ struct Packet {
     bytes: Vec<u8>,
 }
 
-/// More boxes than any chain here has; a loop between boxes ends.
-const TTL: u8 = 16;
+/// The usual one.
+const TTL: u8 = 64;
 
 #[derive(Debug)]
 struct Net {
@@ -275,13 +275,32 @@ impl<E> World<E> {
 
     /// Sends from a host's own address of the right family. False: it has none, as the kernel would say.
     pub(crate) fn send(&mut self, host: HostId, port: u16, to: SocketAddr, bytes: Vec<u8>) -> bool {
+        self.send_within(host, port, to, bytes, TTL)
+    }
+
+    /// The same with a time to live.
+    pub(crate) fn send_within(&mut self, host: HostId, port: u16, to: SocketAddr, bytes: Vec<u8>, ttl: u8) -> bool {
         let source = self.hosts[host.0].addresses.iter().find(|a| a.is_ipv4() == to.is_ipv4()).copied();
-        let who = self.hosts[host.0].who;
+        let Host { who, net, .. } = self.hosts[host.0];
         match source {
-            Some(ip) => self.send_as(host, SocketAddr::new(ip, port), to, bytes),
+            Some(ip) => {
+                let packet = Packet { source: SocketAddr::new(ip, port), destination: to, ttl, bytes };
+                self.emit(net, Owner::Host(host), packet);
+            }
             None => self.trace.hop(self.now, who, who, &bytes, Some("no address of that family")),
         }
         source.is_some()
+    }
+
+    /// The address that a host's connections seem to come from, on the outermost network; IPv4 if it has one.
+    pub(crate) fn seen_from_outside(&self, host: HostId) -> Option<IpAddr> {
+        let own = self.hosts[host.0].addresses.first().copied()?;
+        let (mut net, mut seen) = (self.hosts[host.0].net, own);
+        while let Some(gate) = self.nets[net.0].gateway.map(|gate| &self.boxes[gate.0]) {
+            seen = gate.v4.as_ref().filter(|_| own.is_ipv4()).map_or(seen, Nat::external);
+            net = gate.outside;
+        }
+        Some(seen)
     }
 
     /// Sends with any source address, as somebody with a raw socket can.
@@ -322,6 +341,10 @@ impl<E> World<E> {
         {
             self.leaked += 1;
         }
+        let Some(ttl) = packet.ttl.checked_sub(self.nets[net.0].link.hops).filter(|ttl| *ttl > 0) else {
+            return self.trace.hop(self.now, self.name(from), self.name(from), &packet.bytes, Some("expired"));
+        };
+        let packet = Packet { ttl, ..packet };
         if let Some(tapped) = &mut self.tapped {
             let Packet { source, destination, ref bytes, .. } = packet;
             tapped.push(Tapped { source, destination, bytes: bytes.clone() });
@@ -357,7 +380,9 @@ impl<E> World<E> {
         let (who, inside, outside) = (*who, *inside, *outside);
         let nat = if packet.destination.is_ipv4() { v4 } else { v6 };
         packet.ttl -= 1;
-        let (Some(nat), true) = (nat, packet.ttl > 0) else {
+        let expired = packet.ttl == 0;
+        // From outside, the router looks for whose it is before it looks at the time to live.
+        let Some(nat) = nat.as_mut().filter(|_| !expired || net == outside) else {
             return self.trace.hop(now, who, who, &packet.bytes, Some("not forwarded"));
         };
         let Packet { source, destination, .. } = packet;
@@ -369,6 +394,7 @@ impl<E> World<E> {
             nat.outbound(now, source, destination).map(|seen| (outside, seen, destination))
         };
         match next {
+            Some(_) if expired => self.trace.hop(now, who, who, &packet.bytes, Some("expired")),
             Some((net, source, destination)) => {
                 self.emit(net, Owner::Box(gate), Packet { source, destination, ..packet });
             }

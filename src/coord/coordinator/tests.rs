@@ -879,3 +879,29 @@ proptest! {
         }
     }
 }
+
+// Where members are.
+
+#[test]
+fn members_are_located_for_members_only_and_open_addresses_are_capped() {
+    let mut f = Founder::new(31);
+    let mut desk = Desk::of(&f);
+    let me = desk.hello(&f.keys);
+    let (other, other_conn) = desk.join(&mut f, "nas", open_terms(1));
+    let asked = |desk: &mut Desk, conn, key| desk.ask(conn, ToCoordinator::Locate { re: 5, peer: key });
+    let nowhere = ToNode::Located { re: 5, observed: None, open: Vec::new() };
+    assert_eq!(asked(&mut desk, me, other.wg_key()), std::slice::from_ref(&nowhere), "it has not said hello");
+    desk.say(other_conn, hello(0, Digest32::default()));
+    let open: Vec<SocketAddr> = (1..=9).map(|port| SocketAddr::from(([198, 51, 100, 4], port))).collect();
+    let announced = desk.ask(other_conn, ToCoordinator::Announce { re: 6, open: open.clone() });
+    assert!(announced.contains(&ToNode::Published { re: 6 }), "{announced:?}");
+    let observed = Some("192.0.2.9".parse().unwrap());
+    let found = ToNode::Located { re: 5, observed, open: open[..MAX_OPEN].to_vec() };
+    assert_eq!(asked(&mut desk, me, other.wg_key()), [found]);
+    assert_eq!(asked(&mut desk, me, WgKey([9; 32])), std::slice::from_ref(&nowhere), "nobody");
+    let stranger = desk.open(ControlKey([7; 32]));
+    assert_eq!(code(&asked(&mut desk, stranger, other.wg_key())), refusal::NOT_A_MEMBER);
+    assert_eq!(code(&desk.ask(stranger, ToCoordinator::Announce { re: 7, open })), refusal::NOT_A_MEMBER);
+    desk.handle(Input::Closed(other_conn));
+    assert_eq!(asked(&mut desk, me, other.wg_key()), [nowhere]);
+}

@@ -8,10 +8,11 @@ use std::time::Duration;
 use rand::Rng;
 
 use crate::engine::io::{Path, SocketId};
+use crate::engine::path::Leg;
 use crate::engine::path::reason::{Attempt, NatView};
 use crate::engine::path::reflexive::fresh_txid;
 use crate::time::Now;
-use crate::wire::probe::MessageKind;
+use crate::wire::probe::{MessageKind, Role};
 use crate::wire::stun::TransactionId;
 
 /// When probes go out after the start of a punch (nat.md 5.3). Halved or doubled gaps cost either latency or packets.
@@ -26,6 +27,10 @@ const GO_TIMEOUT: Duration = Duration::from_millis(700);
 const BACKOFF_S: [u64; 6] = [3, 8, 20, 45, 120, 300];
 /// Waits between rounds that what is known of both NATs rules out.
 const HOPELESS_S: u64 = 600;
+/// In such a round only so many of the probes go out: what is known may be wrong, or the peer may be on the same LAN.
+const BRIEF_STEPS: usize = 3;
+/// Waits after a punch with many sockets or ports that found nothing; the last one repeats.
+const HEAVY_BACKOFF_S: [u64; 4] = [5, 60, 600, 3600];
 /// Addresses of one peer tried at once: its candidates and those learned from its probes.
 const MAX_REMOTES: usize = 24;
 /// Probes that may be under way at once; older ones are forgotten first.
@@ -62,11 +67,35 @@ const ANSWERS_PER_SECOND: u32 = 60;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
     /// Send a path probe.
-    Probe { txid: TransactionId, to: SocketAddr, full_size: bool },
+    Probe { txid: TransactionId, to: Leg, full_size: bool },
+    /// Send a probe that opens our own NAT and dies on the way, if there is a way to do so.
+    Prime { txid: TransactionId, to: Leg },
     /// Seal a message to the peer and send it through the relay. The planner adds candidates and NAT view.
-    Tell { kind: MessageKind, round: u32, t: Option<u64>, echo: Option<u64> },
+    Tell { kind: MessageKind, round: u32, t: Option<u64>, echo: Option<u64>, role: Option<Role> },
     /// Use this path from now on.
     Select(Path),
+}
+
+/// An address the peer offers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Offer {
+    pub(crate) addr: SocketAddr,
+    /// On a network this machine is attached to.
+    pub(crate) near: bool,
+    /// Lets everybody in, as far as the peer knows.
+    pub(crate) open: bool,
+}
+
+/// What an answer to a call says about the round.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HeardAnswer {
+    pub(crate) round: u32,
+    /// Microseconds the peer held the call.
+    pub(crate) held: Option<u64>,
+    /// The call's time stamp.
+    pub(crate) echo: Option<u64>,
+    /// The peer's NAT lets our first probe in.
+    pub(crate) opened: bool,
 }
 
 /// What the agent needs of its surroundings to act.
@@ -96,6 +125,11 @@ pub(crate) struct PathAgent {
     round: u32,
     failures: usize,
     next_round: Option<Now>,
+    /// A punch with many sockets or ports is under way, or how many of them failed in a row.
+    heavy: bool,
+    heavy_failures: usize,
+    /// What is known of both NATs rules a plain punch out.
+    brief: bool,
     in_flight: VecDeque<InFlight>,
     current: Option<Current>,
     pub(crate) relay_rtt: Option<Duration>,
@@ -135,9 +169,13 @@ enum Stage {
 
 #[derive(Debug)]
 struct Remote {
-    addr: SocketAddr,
+    leg: Leg,
     /// On a network this machine is attached to: probed first, preferred.
     near: bool,
+    /// Lets everybody in, as far as the peer knows.
+    open: bool,
+    /// The peer's probes come from here.
+    heard: bool,
     rtt: Option<Duration>,
     last_sent: Option<Now>,
     last_pong: Option<Now>,
@@ -152,14 +190,14 @@ struct Remote {
 #[derive(Debug)]
 struct InFlight {
     txid: TransactionId,
-    to: SocketAddr,
+    to: Leg,
     sent: Now,
     full_size: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Current {
-    addr: SocketAddr,
+    leg: Leg,
     since: Now,
     rtt: Duration,
     last_pong: Now,
@@ -185,6 +223,9 @@ impl PathAgent {
             round: 0,
             failures: 0,
             next_round: None,
+            heavy: false,
+            heavy_failures: 0,
+            brief: false,
             in_flight: VecDeque::new(),
             current: None,
             relay_rtt: None,
@@ -198,9 +239,9 @@ impl PathAgent {
 
     // ---- what the planner asks -----------------------------------------------------------------------------------
 
-    /// The address in use, when it was chosen, and its round trip.
-    pub(crate) fn direct(&self) -> Option<(SocketAddr, Now, Duration)> {
-        self.current.map(|c| (c.addr, c.since, c.rtt))
+    /// The way in use, when it was chosen, and its round trip.
+    pub(crate) fn direct(&self) -> Option<(Leg, Now, Duration)> {
+        self.current.map(|c| (c.leg, c.since, c.rtt))
     }
 
     /// Whether a call or an answer waits for fresh candidates of our own.
@@ -278,6 +319,7 @@ impl PathAgent {
         self.stage = Stage::Idle;
         self.next_round = None;
         self.failures = 0;
+        self.heavy_failures = 0;
         self.remotes.clear();
         self.in_flight.clear();
         if self.current.take().is_some() {
@@ -288,15 +330,16 @@ impl PathAgent {
     /// The network around this node changed: what was proven is doubtful, what failed may work now.
     pub(crate) fn network_changed<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
         self.failures = 0;
+        self.heavy_failures = 0;
         self.next_round = None;
         for remote in &mut self.remotes {
             remote.forget();
         }
         if let Some(current) = &mut self.current {
             current.doubt = Some(Doubt { since: cx.now, both: true, theirs: false });
-            let (addr, path) = (current.addr, both(current.addr));
-            cx.actions.push_back(Action::Select(path));
-            self.probe(addr, true, cx);
+            let leg = current.leg;
+            cx.actions.push_back(Action::Select(leg.both()));
+            self.probe(leg, true, cx);
         }
         if self.awake {
             self.stage = Stage::ToCall;
@@ -305,8 +348,8 @@ impl PathAgent {
 
     /// Addresses worth trying without asking the peer first, such as the one that worked last time.
     pub(crate) fn try_remembered<R: Rng>(&mut self, addr: SocketAddr, near: bool, cx: &mut Context<'_, R>) {
-        if self.learn(addr, near) {
-            self.probe(addr, false, cx);
+        if self.learn(Leg::main(addr), near) {
+            self.probe(Leg::main(addr), false, cx);
         }
     }
 
@@ -316,28 +359,52 @@ impl PathAgent {
             Stage::ToCall => {
                 self.round = self.round.wrapping_add(1);
                 self.stage = Stage::Called { at: cx.now, tries: 0, next: cx.now + CALL_RETRY[0] };
-                self.tell(MessageKind::Call, Some(cx.now.0), None, cx);
+                self.tell(MessageKind::Call, Some(cx.now.0), None, None, cx);
             }
             Stage::ToAnswer { t, since } => {
                 let held = u64::try_from(cx.now.since(since).as_micros()).unwrap_or(u64::MAX);
                 self.stage = Stage::Answered { at: cx.now };
-                self.tell(MessageKind::Answer, Some(held), t, cx);
+                self.tell(MessageKind::Answer, Some(held), t, None, cx);
+                // Our NAT is opened now, so that the caller's first probe finds it open; what needs no opening, or lets
+                // everybody in, is probed at once.
+                self.probe_unhindered(cx);
+                let closed = |r: &&Remote| !r.near && !r.open && r.proven.is_none();
+                for to in self.remotes.iter().filter(closed).map(|r| r.leg).collect::<Vec<_>>() {
+                    cx.actions.push_back(Action::Prime { txid: fresh_txid(cx.tx_prefix, cx.rng), to });
+                }
             }
             Stage::Idle | Stage::Called { .. } | Stage::Answered { .. } | Stage::Punching { .. } => {}
         }
     }
 
-    /// The peer sent its candidates (already filtered), each with whether it is on a network of ours.
-    pub(crate) fn heard_candidates(&mut self, candidates: &[(SocketAddr, bool)], theirs: NatView) {
+    /// The peer sent its candidates (already filtered).
+    pub(crate) fn heard_candidates(&mut self, candidates: &[Offer], theirs: NatView) {
         self.theirs = theirs;
-        let current = self.current.map(|c| c.addr);
+        let current = self.current.map(|c| c.leg);
         // The newest list replaces older ones; what has answered lately stays.
         self.remotes.retain(|r| {
-            Some(r.addr) == current || r.last_pong.is_some() || candidates.iter().any(|(addr, _)| *addr == r.addr)
+            Some(r.leg) == current || r.last_pong.is_some() || candidates.iter().any(|c| c.addr == r.leg.remote)
         });
-        for (addr, near) in candidates {
-            self.learn(*addr, *near);
+        for offer in candidates {
+            self.learn(Leg::main(offer.addr), offer.near);
+            if let Some(remote) = self.remote_mut(Leg::main(offer.addr)) {
+                remote.open = offer.open;
+            }
         }
+    }
+
+    /// Somebody says that everybody can reach the peer here.
+    pub(crate) fn heard_open<R: Rng>(&mut self, addrs: &[SocketAddr], cx: &mut Context<'_, R>) {
+        for leg in addrs.iter().map(|addr| Leg::main(*addr)) {
+            if self.awake && self.current.is_none() && self.learn(leg, false) {
+                self.probe(leg, true, cx);
+            }
+        }
+    }
+
+    /// Whether what is known of both NATs rules a plain punch out.
+    pub(crate) const fn set_outlook(&mut self, hopeless: bool) {
+        self.brief = hopeless;
     }
 
     /// The peer called.
@@ -352,30 +419,61 @@ impl PathAgent {
         self.ask_current(true, cx);
     }
 
-    /// The peer answered our call.
+    /// The peer answered our call. `opened`: its NAT lets our first probe in, so there is nothing to wait for. `role`: our
+    /// part in a heavy punch, told to the peer. Returns whether the answer was to our latest call.
     pub(crate) fn heard_answer<R: Rng>(
         &mut self,
-        round: u32,
-        held: Option<u64>,
-        echo: Option<u64>,
+        answer: &HeardAnswer,
+        role: Option<Role>,
         cx: &mut Context<'_, R>,
-    ) {
-        let Stage::Called { at, .. } = self.stage else { return };
-        if round != self.round {
-            return;
+    ) -> bool {
+        let Stage::Called { at, .. } = self.stage else { return false };
+        if answer.round != self.round {
+            return false;
         }
-        let asked = echo.map_or(at, Now).max(at);
-        let rtt = cx.now.since(asked).saturating_sub(Duration::from_micros(held.unwrap_or(0)));
+        let asked = answer.echo.map_or(at, Now).max(at);
+        let rtt = cx.now.since(asked).saturating_sub(Duration::from_micros(answer.held.unwrap_or(0)));
         self.relay_rtt = Some(rtt);
-        self.tell(MessageKind::Go, None, None, cx);
-        self.stage = Stage::Punching { start: cx.now + rtt / 2, step: 0 };
+        self.tell(MessageKind::Go, u64::try_from(rtt.as_micros()).ok(), None, role, cx);
+        // If that has failed before, perhaps its NAT was not opened after all: then both start at the same moment.
+        let start = if answer.opened && self.failures == 0 { cx.now } else { cx.now + rtt / 2 };
+        self.stage = Stage::Punching { start, step: 0 };
+        self.probe_unhindered(cx);
+        self.punch(cx);
+        true
     }
 
-    /// The caller says go.
-    pub(crate) fn heard_go<R: Rng>(&mut self, round: u32, cx: &mut Context<'_, R>) {
-        if matches!(self.stage, Stage::Answered { .. }) && round == self.round {
+    /// The caller says go. Returns whether that was awaited.
+    pub(crate) fn heard_go<R: Rng>(&mut self, round: u32, cx: &mut Context<'_, R>) -> bool {
+        let awaited = matches!(self.stage, Stage::Answered { .. }) && round == self.round;
+        if awaited {
             self.stage = Stage::Punching { start: cx.now, step: 0 };
             self.tick(Stamps::default(), cx);
+        }
+        awaited
+    }
+
+    /// A heavy punch towards the peer begins: the next round waits for its end.
+    pub(crate) const fn heavy_began(&mut self) {
+        self.heavy = true;
+        self.next_round = None;
+    }
+
+    /// It is over. Without a path the next one comes later than the last.
+    pub(crate) fn heavy_ended(&mut self, now: Now) {
+        self.heavy = false;
+        if self.current.is_none() {
+            self.heavy_failed(now);
+        }
+    }
+
+    fn heavy_failed(&mut self, now: Now) {
+        let wait = HEAVY_BACKOFF_S.get(self.heavy_failures).or(HEAVY_BACKOFF_S.last()).copied().unwrap_or(HOPELESS_S);
+        self.heavy_failures += 1;
+        let shift = if self.wins_ties { 0 } else { 1500 };
+        if matches!(self.stage, Stage::Idle | Stage::Punching { .. }) {
+            self.stage = Stage::Idle;
+            self.next_round = Some(now + Duration::from_millis(wait * 1000 + shift));
         }
     }
 
@@ -394,12 +492,13 @@ impl PathAgent {
 
     /// An authenticated probe of the peer came from `from` (and was answered). A new address is peer-reflexive (RFC 8445
     /// section 7.3.1.3); any is probed back (a triggered check, section 7.3.1.4).
-    pub(crate) fn heard_probe<R: Rng>(&mut self, from: SocketAddr, near: bool, cx: &mut Context<'_, R>) {
+    pub(crate) fn heard_probe<R: Rng>(&mut self, from: Leg, near: bool, full_size: bool, cx: &mut Context<'_, R>) {
         if !self.awake {
             return;
         }
         self.learn(from, near);
         let Some(remote) = self.remote_mut(from) else { return };
+        remote.heard = true;
         let pinged_lately = remote.last_sent.filter(|at| cx.now.since(*at) < TRIGGERED_GAP);
         let known_good = remote.proven.is_some_and(|at| cx.now.since(at) < KEEPALIVE);
         match pinged_lately {
@@ -407,8 +506,25 @@ impl PathAgent {
             // That one may have come too early for the peer to know us.
             Some(at) if remote.last_pong.is_none() => remote.check = Some(at + TRIGGERED_GAP),
             Some(_) => {}
-            None => self.probe(from, false, cx),
+            None => self.probe(from, full_size, cx),
         }
+    }
+
+    /// A probe of a heavy punch was answered from where it went.
+    pub(crate) fn heard_answer_to_heavy<R: Rng>(&mut self, from: Leg, rtt: Duration, cx: &mut Context<'_, R>) {
+        self.learn(from, false);
+        let Some(remote) = self.remote_mut(from) else { return };
+        remote.last_pong = Some(cx.now);
+        remote.rtt = Some(remote.rtt.map_or(rtt, |old| old.min(rtt)));
+        if remote.proven.is_none() {
+            self.confirm(from, cx);
+        }
+    }
+
+    /// These sockets are closed.
+    pub(crate) fn forget_sockets(&mut self, closed: &[SocketId]) {
+        self.remotes.retain(|r| !closed.contains(&r.leg.socket));
+        self.in_flight.retain(|p| !closed.contains(&p.to.socket));
     }
 
     /// Somebody waits for an answer on the path in use: if none comes, it is in doubt.
@@ -417,13 +533,13 @@ impl PathAgent {
     }
 
     /// Authenticated data came from an address that is not the current one: the peer moved, perhaps.
-    pub(crate) fn heard_data_from<R: Rng>(&mut self, from: SocketAddr, near: bool, cx: &mut Context<'_, R>) {
+    pub(crate) fn heard_data_from<R: Rng>(&mut self, from: Leg, near: bool, cx: &mut Context<'_, R>) {
         self.learn(from, near);
         if let Some(remote) = self.remote_mut(from) {
             remote.full_tries = 0;
         }
         // Whichever of the two answers first is used: if both do, both sides choose alike.
-        if self.current.is_some_and(|c| c.addr != from) {
+        if self.current.is_some_and(|c| c.leg != from) {
             self.ask_current(true, cx);
         }
         self.probe(from, true, cx);
@@ -433,7 +549,7 @@ impl PathAgent {
     fn ask_current<R: Rng>(&mut self, theirs: bool, cx: &mut Context<'_, R>) {
         if let Some(current) = self.current.filter(|c| c.doubt.is_none()) {
             self.doubt(false, theirs, cx.now);
-            self.probe(current.addr, false, cx);
+            self.probe(current.leg, false, cx);
         }
     }
 
@@ -441,7 +557,7 @@ impl PathAgent {
     pub(crate) fn heard_answer_to_probe<R: Rng>(
         &mut self,
         txid: &TransactionId,
-        from: SocketAddr,
+        from: Leg,
         full_size: bool,
         cx: &mut Context<'_, R>,
     ) -> bool {
@@ -449,11 +565,11 @@ impl PathAgent {
         let Some(probe) = self.in_flight.remove(position) else { return false };
         let rtt = cx.now.since(probe.sent);
         let proves = probe.full_size && full_size;
-        if let Some(current) = self.current.as_mut().filter(|c| c.addr == from) {
+        if let Some(current) = self.current.as_mut().filter(|c| c.leg == from) {
             current.last_pong = cx.now;
             current.rtt = (current.rtt * 7 + rtt) / 8;
             if current.doubt.take().is_some_and(|d| d.both) {
-                cx.actions.push_back(Action::Select(direct(from)));
+                cx.actions.push_back(Action::Select(from.direct()));
             }
         }
         let Some(remote) = self.remote_mut(from) else { return true };
@@ -476,19 +592,19 @@ impl PathAgent {
             self.in_flight.pop_front();
         }
         self.watch(stamps, cx);
-        let unconfirmed: Vec<SocketAddr> = self
+        let unconfirmed: Vec<Leg> = self
             .remotes
             .iter()
             .filter(|r| r.wants_confirmation(now) && r.next_confirmation() <= now)
-            .map(|r| r.addr)
+            .map(|r| r.leg)
             .collect();
-        for addr in unconfirmed {
-            self.confirm(addr, cx);
+        for leg in unconfirmed {
+            self.confirm(leg, cx);
         }
         let due = |r: &&mut Remote| r.check.is_some_and(|at| at <= now);
-        let checks: Vec<SocketAddr> = self.remotes.iter_mut().filter(due).map(|r| r.addr).collect();
-        for addr in checks {
-            self.probe(addr, false, cx);
+        let checks: Vec<Leg> = self.remotes.iter_mut().filter(due).map(|r| r.leg).collect();
+        for leg in checks {
+            self.probe(leg, false, cx);
         }
         match self.stage {
             Stage::Idle => {
@@ -500,7 +616,7 @@ impl PathAgent {
             Stage::Called { at, tries, next } if next <= now => match CALL_RETRY.get(tries + 1) {
                 Some(wait) => {
                     self.stage = Stage::Called { at, tries: tries + 1, next: now + *wait };
-                    self.tell(MessageKind::Call, Some(now.0), None, cx);
+                    self.tell(MessageKind::Call, Some(now.0), None, None, cx);
                 }
                 None => self.round_failed(now),
             },
@@ -533,23 +649,27 @@ impl PathAgent {
     fn punch<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
         let Stage::Punching { start, mut step } = self.stage else { return };
         let mut due = false;
+        let steps = if self.brief { BRIEF_STEPS } else { PUNCH_MS.len() };
         while PUNCH_MS.get(step).is_some_and(|ms| start + Duration::from_millis(*ms) <= cx.now) {
             step += 1;
-            due = true;
+            due |= step <= steps;
         }
         self.stage = Stage::Punching { start, step };
         if due {
+            // The first are of data size: answered, they prove the path in one round trip. The second are small, so that a
+            // path that drops large packets shows itself.
+            let full_size = !step.is_multiple_of(2);
             // Once a path is proven only what answered is measured further: no probes into the void.
             let settled = self.current.is_some_and(|c| c.doubt.is_none());
-            let mut order: Vec<(bool, SocketAddr)> = self
+            let mut order: Vec<(bool, bool, Leg)> = self
                 .remotes
                 .iter()
                 .filter(|r| r.proven.is_none() && (!settled || r.last_pong.is_some()))
-                .map(|r| (!r.near, r.addr))
+                .map(|r| (!r.near, !r.heard, r.leg))
                 .collect();
             order.sort();
-            for (_, addr) in order {
-                self.probe(addr, false, cx);
+            for (.., leg) in order {
+                self.probe(leg, full_size, cx);
             }
         }
         if start + PUNCH_ENDS <= cx.now {
@@ -563,7 +683,22 @@ impl PathAgent {
         }
     }
 
+    /// Probes what needs no opening first: addresses on our own networks, and those that let everybody in.
+    fn probe_unhindered<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        let now = cx.now;
+        let fresh = |r: &&Remote| {
+            (r.near || r.open) && r.proven.is_none() && r.last_sent.is_none_or(|at| now.since(at) >= TRIGGERED_GAP)
+        };
+        for leg in self.remotes.iter().filter(fresh).map(|r| r.leg).collect::<Vec<_>>() {
+            self.probe(leg, true, cx);
+        }
+    }
+
     fn round_failed(&mut self, now: Now) {
+        if self.heavy {
+            self.stage = Stage::Idle;
+            return;
+        }
         self.stage = Stage::Idle;
         self.full_size_lost = self.remotes.iter().any(|r| r.last_pong.is_some() && r.proven.is_none());
         let wait = BACKOFF_S.get(self.failures).or(BACKOFF_S.last()).copied().unwrap_or(HOPELESS_S);
@@ -571,8 +706,8 @@ impl PathAgent {
         // Two sides that failed together must not call together: the tie winner goes first.
         let shift = if self.wins_ties { 0 } else { 1500 };
         self.next_round = Some(now + Duration::from_millis(wait * 1000 + shift));
-        let current = self.current.map(|c| c.addr);
-        self.remotes.retain(|r| Some(r.addr) == current || r.last_pong.is_some());
+        let current = self.current.map(|c| c.leg);
+        self.remotes.retain(|r| Some(r.leg) == current || r.last_pong.is_some());
         for remote in &mut self.remotes {
             remote.full_tries = 0;
         }
@@ -595,13 +730,13 @@ impl PathAgent {
                 let keepalive_due = self.awake && now.since(current.last_probe.max(current.last_pong)) >= KEEPALIVE;
                 if peer_doubts {
                     self.doubt(true, true, now);
-                    cx.actions.push_back(Action::Select(both(current.addr)));
-                    self.probe(current.addr, false, cx);
+                    cx.actions.push_back(Action::Select(current.leg.both()));
+                    self.probe(current.leg, false, cx);
                 } else if sending_into_silence {
                     self.doubt(false, false, now);
-                    self.probe(current.addr, false, cx);
+                    self.probe(current.leg, false, cx);
                 } else if keepalive_due {
-                    self.probe(current.addr, false, cx);
+                    self.probe(current.leg, false, cx);
                     // An unanswered keepalive must raise doubt too.
                     self.doubt(false, false, now);
                 }
@@ -612,7 +747,7 @@ impl PathAgent {
                     c.doubt = None;
                 }
                 if doubt.both {
-                    cx.actions.push_back(Action::Select(direct(current.addr)));
+                    cx.actions.push_back(Action::Select(current.leg.direct()));
                 }
             }
             Some(doubt) => {
@@ -623,10 +758,10 @@ impl PathAgent {
                 }
                 if !doubt.both && now.since(doubt.since) >= patience {
                     self.doubt(true, doubt.theirs, now);
-                    cx.actions.push_back(Action::Select(both(current.addr)));
+                    cx.actions.push_back(Action::Select(current.leg.both()));
                 }
                 if now.since(current.last_probe) >= DOUBT_PROBE_GAP {
-                    self.probe(current.addr, false, cx);
+                    self.probe(current.leg, false, cx);
                 }
             }
         }
@@ -641,7 +776,7 @@ impl PathAgent {
 
     fn lost<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
         let Some(current) = self.current.take() else { return };
-        self.remotes.retain(|r| r.addr != current.addr);
+        self.remotes.retain(|r| r.leg != current.leg);
         for remote in &mut self.remotes {
             remote.forget();
         }
@@ -654,38 +789,39 @@ impl PathAgent {
     }
 
     /// A path is proven both ways: is it the one to use?
-    fn consider<R: Rng>(&mut self, addr: SocketAddr, rtt: Duration, cx: &mut Context<'_, R>) {
-        let near = self.remotes.iter().any(|r| r.addr == addr && r.near);
+    fn consider<R: Rng>(&mut self, leg: Leg, rtt: Duration, cx: &mut Context<'_, R>) {
+        let near = self.remotes.iter().any(|r| r.leg == leg && r.near);
         let better = match &self.current {
             None => true,
-            Some(c) if c.addr == addr => false,
+            Some(c) if c.leg == leg => false,
             Some(c) if c.doubt.is_some() => true,
             Some(c) => {
-                let current_near = self.remotes.iter().any(|r| r.addr == c.addr && r.near);
+                let current_near = self.remotes.iter().any(|r| r.leg == c.leg && r.near);
                 let clearly = rtt + BETTER_BY < c.rtt && rtt * 100 < c.rtt * (100 - BETTER_PERCENT);
                 (near && !current_near && rtt <= c.rtt + BETTER_BY) || (clearly && near >= current_near)
             }
         };
         if better {
             self.current =
-                Some(Current { addr, since: cx.now, rtt, last_pong: cx.now, last_probe: cx.now, doubt: None });
+                Some(Current { leg, since: cx.now, rtt, last_pong: cx.now, last_probe: cx.now, doubt: None });
             self.full_size_lost = false;
             self.failures = 0;
+            self.heavy_failures = 0;
             self.next_round = None;
-            cx.actions.push_back(Action::Select(direct(addr)));
+            cx.actions.push_back(Action::Select(leg.direct()));
         }
     }
 
-    fn confirm<R: Rng>(&mut self, addr: SocketAddr, cx: &mut Context<'_, R>) {
-        if let Some(remote) = self.remote_mut(addr) {
+    fn confirm<R: Rng>(&mut self, leg: Leg, cx: &mut Context<'_, R>) {
+        if let Some(remote) = self.remote_mut(leg) {
             if remote.full_tries >= CONFIRM_TRIES || remote.last_full.is_some_and(|at| cx.now.since(at) < CONFIRM_GAP) {
                 return;
             }
-            self.probe(addr, true, cx);
+            self.probe(leg, true, cx);
         }
     }
 
-    fn probe<R: Rng>(&mut self, to: SocketAddr, full_size: bool, cx: &mut Context<'_, R>) {
+    fn probe<R: Rng>(&mut self, to: Leg, full_size: bool, cx: &mut Context<'_, R>) {
         let txid = fresh_txid(cx.tx_prefix, cx.rng);
         if self.in_flight.len() >= MAX_IN_FLIGHT {
             self.in_flight.pop_front();
@@ -699,31 +835,40 @@ impl PathAgent {
                 remote.full_tries = remote.full_tries.saturating_add(1);
             }
         }
-        if let Some(current) = self.current.as_mut().filter(|c| c.addr == to) {
+        if let Some(current) = self.current.as_mut().filter(|c| c.leg == to) {
             current.last_probe = cx.now;
         }
         cx.actions.push_back(Action::Probe { txid, to, full_size });
     }
 
-    fn tell<R: Rng>(&self, kind: MessageKind, t: Option<u64>, echo: Option<u64>, cx: &mut Context<'_, R>) {
-        cx.actions.push_back(Action::Tell { kind, round: self.round, t, echo });
+    fn tell<R: Rng>(
+        &self,
+        kind: MessageKind,
+        t: Option<u64>,
+        echo: Option<u64>,
+        role: Option<Role>,
+        cx: &mut Context<'_, R>,
+    ) {
+        cx.actions.push_back(Action::Tell { kind, round: self.round, t, echo, role });
     }
 
     /// Remembers an address; false if there is no room.
-    fn learn(&mut self, addr: SocketAddr, near: bool) -> bool {
-        if self.remotes.iter().any(|r| r.addr == addr) {
+    fn learn(&mut self, leg: Leg, near: bool) -> bool {
+        if self.remotes.iter().any(|r| r.leg == leg) {
             return true;
         }
         if self.remotes.len() >= MAX_REMOTES {
-            let current = self.current.map(|c| c.addr);
-            let Some(spare) = self.remotes.iter().position(|r| r.last_pong.is_none() && Some(r.addr) != current) else {
+            let current = self.current.map(|c| c.leg);
+            let Some(spare) = self.remotes.iter().position(|r| r.last_pong.is_none() && Some(r.leg) != current) else {
                 return false;
             };
             self.remotes.remove(spare);
         }
         self.remotes.push(Remote {
-            addr,
+            leg,
             near,
+            open: false,
+            heard: false,
             rtt: None,
             last_sent: None,
             last_pong: None,
@@ -735,8 +880,8 @@ impl PathAgent {
         true
     }
 
-    fn remote_mut(&mut self, addr: SocketAddr) -> Option<&mut Remote> {
-        self.remotes.iter_mut().find(|r| r.addr == addr)
+    fn remote_mut(&mut self, leg: Leg) -> Option<&mut Remote> {
+        self.remotes.iter_mut().find(|r| r.leg == leg)
     }
 }
 
@@ -757,12 +902,4 @@ impl Remote {
         self.last_pong = None;
         self.full_tries = 0;
     }
-}
-
-const fn direct(remote: SocketAddr) -> Path {
-    Path::Direct { socket: SocketId::for_remote(&remote), remote }
-}
-
-const fn both(remote: SocketAddr) -> Path {
-    Path::Both { socket: SocketId::for_remote(&remote), remote }
 }

@@ -7,9 +7,11 @@ use ipnet::IpNet;
 use crate::engine::io::LocalAddress;
 use crate::wire::probe::{Candidate, CandidateKind, MAX_CANDIDATES};
 
-/// The candidates to tell peers: reflexive first, then the machine's own addresses, at most [`MAX_CANDIDATES`].
+/// The candidates to tell peers. An address that is the machine's own and also what servers see is listed as both: there is no
+/// NAT. Mapped and reflexive first, then the machine's own addresses, at most [`MAX_CANDIDATES`].
 #[must_use]
 pub fn gather(
+    mapped: Option<SocketAddr>,
     reflexive: &[SocketAddr],
     local: &[LocalAddress],
     port_v4: Option<u16>,
@@ -21,9 +23,15 @@ pub fn gather(
         Some(SocketAddr::new(a.ip, port))
     });
     let mut out: Vec<Candidate> = Vec::new();
+    // A NAT that gives us other ports may have ours forwarded by hand.
+    let several = reflexive.iter().filter(|seen| seen.is_ipv4()).count() > 1;
+    let by_hand =
+        |seen: &SocketAddr| port_v4.filter(|_| seen.is_ipv4() && several).map(|port| SocketAddr::new(seen.ip(), port));
+    let forwarded = reflexive.iter().filter_map(by_hand).map(|addr| (CandidateKind::Reflexive, addr));
+    let mapped = mapped.into_iter().map(|addr| (CandidateKind::Mapped, addr));
     let reflexive = reflexive.iter().map(|addr| (CandidateKind::Reflexive, *addr));
-    for (kind, addr) in reflexive.chain(hosts.map(|addr| (CandidateKind::Host, addr))) {
-        if out.len() < MAX_CANDIDATES && usable(&addr, mesh) && !out.iter().any(|c| c.addr == addr) {
+    for (kind, addr) in mapped.chain(reflexive).chain(forwarded).chain(hosts.map(|addr| (CandidateKind::Host, addr))) {
+        if out.len() < MAX_CANDIDATES && usable(&addr, mesh) && !out.contains(&Candidate { addr, kind }) {
             out.push(Candidate { addr, kind });
         }
     }
@@ -84,7 +92,7 @@ mod tests {
         let local: Vec<LocalAddress> =
             (1..40).map(|i| LocalAddress { ip: IpAddr::from([10, 0, 0, i]), prefix_len: 24 }).collect();
         let reflexive: SocketAddr = "203.0.113.7:50112".parse().unwrap();
-        let list = gather(&[reflexive, reflexive], &local, Some(50112), None, &[]);
+        let list = gather(None, &[reflexive, reflexive], &local, Some(50112), None, &[]);
         assert_eq!(list.len(), MAX_CANDIDATES);
         assert_eq!(list[0], Candidate { addr: reflexive, kind: CandidateKind::Reflexive });
         assert_eq!(list.iter().filter(|c| c.kind == CandidateKind::Reflexive).count(), 1);

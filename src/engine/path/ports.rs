@@ -69,7 +69,7 @@ fn delta(pair: &[Sample]) -> i32 {
 }
 
 /// Mappings made by others in a second; None if the counter wrapped in between.
-fn foreign(first: &[Sample], second: &[Sample], step: i16, gap: Duration) -> Option<u16> {
+pub(crate) fn foreign(first: &[Sample], second: &[Sample], step: i16, gap: Duration) -> Option<u16> {
     let (last, next) = (first.last()?, second.first()?);
     let moved = (i32::from(next.external) - i32::from(last.external)) / i32::from(step) - 1;
     let millis = u64::try_from(gap.as_millis()).ok().filter(|ms| *ms > 0)?;

@@ -34,11 +34,17 @@ impl NatView {
         self.mapping.as_deref().is_some_and(|m| m != ENDPOINT_INDEPENDENT)
     }
 
-    fn filters_ports(&self) -> bool {
+    /// A new port also for another port of the same address; if that is not known, no.
+    #[must_use]
+    pub fn maps_by_port(&self) -> bool {
+        self.mapping.as_deref() == Some(ADDRESS_AND_PORT_DEPENDENT)
+    }
+
+    pub(crate) fn filters_ports(&self) -> bool {
         self.filtering.as_deref().is_none_or(|f| f == ADDRESS_AND_PORT_DEPENDENT)
     }
 
-    fn filters_nothing(&self) -> bool {
+    pub(crate) fn filters_nothing(&self) -> bool {
         self.filtering.as_deref() == Some(ENDPOINT_INDEPENDENT)
     }
 }

@@ -76,6 +76,16 @@ impl Reflexive {
         !self.servers.is_empty()
     }
 
+    pub(crate) fn servers(&self) -> &[SocketAddr] {
+        &self.servers
+    }
+
+    /// Whether what is known is worth telling at once: it was asked for in earnest, and nothing happened since that makes it
+    /// doubtful. If it is not fresh, ask beside telling it.
+    pub(crate) const fn is_usable(&self) -> bool {
+        self.last_done.is_some() && !self.seen.is_empty()
+    }
+
     pub(crate) fn is_asking(&self) -> bool {
         !self.asked.is_empty()
     }

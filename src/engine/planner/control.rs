@@ -4,15 +4,16 @@
 //! attempt becomes a health condition.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use crate::engine::drops::Drop;
-use crate::engine::io::{Event, Output};
+use crate::engine::io::{Event, Output, PeerId};
 use crate::engine::planner::{Planner, Why};
 use crate::time::Now;
 use crate::trust::ledger::{Change, Judge, Refusal};
 use crate::trust::record::{Record, RecordError, RevokeTarget, SignedRecord};
-use crate::wire::control::{ToCoordinator, ToNode, log_head, refusal};
+use crate::wire::control::{MAX_OPEN, ToCoordinator, ToNode, log_head, refusal};
 use crate::wire::keys::{Digest32, WgKey};
 use crate::wire::local::Problem;
 use crate::wire::version::PROGRAM;
@@ -21,6 +22,10 @@ use crate::wire::version::PROGRAM;
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 /// Refused records remembered for the status; more are only counted.
 const REFUSED_KEPT: usize = 8;
+/// What the coordinator said of where a peer is counts for so long.
+const LOCATED_FOR: Duration = Duration::from_secs(30);
+/// Such questions that may be open at once.
+const LOCATING: usize = 64;
 /// Records put back in one message.
 const RESTORE_CHUNK: usize = 64;
 
@@ -39,6 +44,10 @@ pub(super) struct Control {
     /// While the whole log is read again: the ids seen so far.
     comparing: Option<BTreeSet<Digest32>>,
     next_re: u64,
+    /// Whom we asked the coordinator for, by request number; the newest few.
+    locating: BTreeMap<u64, PeerId>,
+    /// The open addresses the coordinator was last told, and the request's number.
+    announced: (Vec<SocketAddr>, u64),
     /// Publications under way: request number → the caller's token (None: our own) and the deadline.
     publishing: BTreeMap<u64, (Option<u64>, Now)>,
 
@@ -81,6 +90,8 @@ impl Control {
             position: None,
             comparing: None,
             next_re: 1,
+            locating: BTreeMap::new(),
+            announced: (Vec::new(), 0),
             publishing: BTreeMap::new(),
             missing: BTreeMap::new(),
             missing_since: None,
@@ -107,6 +118,48 @@ impl Planner {
             self.control.position.unwrap_or_else(|| (self.ledger.log().len() as u64, self.ledger.head()));
         let re = self.request_number();
         self.say(ToCoordinator::Hello { re, version: PROGRAM.to_owned(), have, head });
+        self.control.locating.clear();
+        self.control.announced = (Vec::new(), 0);
+        self.announce();
+    }
+
+    /// Asks where a peer is, unless that was answered lately.
+    pub(super) fn locate(&mut self, id: PeerId) {
+        let now = self.now;
+        let Some(peer) = self.peer(id).filter(|_| self.control.connected) else { return };
+        let wg = peer.wg;
+        let located = peer.talk.as_deref().and_then(|t| t.located).is_some_and(|(_, at)| now.since(at) < LOCATED_FOR);
+        if located || self.control.locating.values().any(|p| *p == id) {
+            return;
+        }
+        let re = self.request_number();
+        if self.control.locating.len() >= LOCATING {
+            self.control.locating.pop_first();
+        }
+        self.control.locating.insert(re, id);
+        self.say(ToCoordinator::Locate { re, peer: wg });
+    }
+
+    fn located(&mut self, re: u64, observed: Option<IpAddr>, open: &[SocketAddr]) {
+        let Some(id) = self.control.locating.remove(&re) else { return };
+        let now = self.now;
+        if let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) {
+            talk.located = Some((observed, now));
+        }
+        let open: Vec<SocketAddr> =
+            open.iter().copied().take(MAX_OPEN).filter(|addr| self.may_be_a_peer_s(addr)).collect();
+        self.with_agent(id, |agent, _, cx| agent.heard_open(&open, cx));
+    }
+
+    /// Tells the coordinator where everybody can reach this node, if that changed.
+    pub(super) fn announce(&mut self) {
+        let mut open = self.open_addresses();
+        open.truncate(MAX_OPEN);
+        if self.control.connected && open != self.control.announced.0 {
+            let re = self.request_number();
+            self.control.announced = (open.clone(), re);
+            self.say(ToCoordinator::Announce { re, open });
+        }
     }
 
     pub(super) fn control_down(&mut self, problem: Option<Problem>) {
@@ -129,6 +182,7 @@ impl Planner {
             ToNode::Welcome { stun, .. } => self.outputs.push_back(Output::ResolveStun(stun)),
             ToNode::Log { from, records, head, end } => self.handle_log(from, &records, head, end),
             ToNode::Presence { full, online, offline } => self.presence(full, &online, &offline),
+            ToNode::Located { re, observed, open } => self.located(re, observed, &open),
             ToNode::Published { re } => self.publication_ended(re, None),
             ToNode::Refused { re, code, text, hint } => self.request_refused(re, Problem { code, text, hint }),
             ToNode::RelayBudget { spent, .. } => {
@@ -329,6 +383,10 @@ impl Planner {
     fn request_refused(&mut self, re: u64, problem: Problem) {
         if self.control.publishing.contains_key(&re) {
             self.publication_ended(re, Some(problem));
+            return;
+        }
+        // An older coordinator does not know the question; or it does not know the peer. Neither is our problem.
+        if self.control.locating.remove(&re).is_some() || self.control.announced.1 == re {
             return;
         }
         if problem.code == refusal::NOT_A_MEMBER || problem.code == refusal::REVOKED {

@@ -7,10 +7,14 @@
 //! | `control.rs` | the coordinator's messages; records through the ledger; health of that relation |
 //! | `sessions.rs` | handshakes, timers of WireGuard sessions, when a peer counts as in use |
 //! | `paths.rs` | candidates, rounds, probes; carries out what path agents decide |
+//! | `heavy.rs` | punches with many sockets or ports |
+//! | `limits.rs` | politeness: how much may be sent into the unknown |
 //! | `pings.rs` | `meshd ping` |
 //! | `status.rs` | the status document |
 
 mod control;
+mod heavy;
+mod limits;
 mod paths;
 mod pings;
 mod sessions;
@@ -27,7 +31,7 @@ use rustc_hash::FxBuildHasher;
 
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::inbound::{Inbound, InboundConfig};
-use crate::engine::io::{Command, Input, LocalAddress, Notice, Output, PeerId, Update, Via};
+use crate::engine::io::{Command, Input, LocalAddress, Notice, Output, PeerId, PortMapping, SocketId, Update, Via};
 use crate::engine::outbound::Outbound;
 use crate::engine::path::reason::NatView;
 use crate::engine::path::reflexive::Reflexive;
@@ -43,6 +47,7 @@ use crate::wire::keys::{IdentityKey, NetworkId, WgKey};
 use crate::wire::local::Netcheck;
 use crate::wire::probe::ProbeKeys;
 
+pub use limits::{Limits, MOST_SOCKETS};
 pub use status::ShellStatus;
 
 /// What a planner needs from the start.
@@ -64,6 +69,8 @@ pub struct Config {
     pub seed: [u8; 32],
     /// Greater than any number sent in a sealed message before; the wall clock in microseconds does.
     pub first_number: u64,
+    /// What the shell can do for hard punches, and how far they may go.
+    pub limits: Limits,
 }
 
 /// Why a planner cannot start.
@@ -94,6 +101,8 @@ pub enum Why {
     StunFresh,
     /// Rounds that waited for STUN long enough.
     AwaitingStun,
+    /// A punch with many sockets or ports.
+    Heavy,
     /// A ping counts as lost.
     Ping(u64),
     /// A request to the coordinator was not answered.
@@ -129,6 +138,13 @@ pub struct Planner {
     /// Peers whose call or answer waits for fresh reflexive addresses, and until when.
     awaiting_stun: BTreeMap<PeerId, Now>,
     next_number: u64,
+
+    politeness: limits::Politeness,
+    heavy: Option<heavy::HeavyPunch>,
+    /// Sockets besides the two main ones, asked for or open, and for whom.
+    extra: BTreeMap<SocketId, PeerId>,
+    next_socket: u16,
+    port_mapping: Option<PortMapping>,
 
     control: control::Control,
     relay_up: bool,
@@ -187,6 +203,11 @@ impl Planner {
             nat: NatView::default(),
             awaiting_stun: BTreeMap::new(),
             next_number: config.first_number,
+            politeness: limits::Politeness::new(config.limits, now),
+            heavy: None,
+            extra: BTreeMap::new(),
+            next_socket: SocketId::V6.0,
+            port_mapping: None,
             control: control::Control::new(now),
             relay_up: false,
             relay_down_since: Some(now),
@@ -255,6 +276,8 @@ impl Planner {
             Input::Addresses(addresses) => self.addresses_changed(addresses),
             Input::StunServers(servers) => self.stun_servers_changed(&servers),
             Input::NetReport(report) => self.net_report(report),
+            Input::SocketsOpened(sockets) => self.sockets_opened(&sockets),
+            Input::PortMapped(mapping) => self.port_mapped(mapping),
             Input::SendFailed(via) => self.send_failed(&via),
             Input::Command(Command::Ping { token, seq, peer, timeout_ms }) => self.ping(token, seq, peer, timeout_ms),
             Input::Command(Command::Publish { token, records }) => self.publish(token, records),
@@ -282,6 +305,7 @@ impl Planner {
                 Why::Stun => self.stun_due(),
                 Why::StunFresh => self.stun_stale(),
                 Why::AwaitingStun => self.stop_awaiting_stun(false),
+                Why::Heavy => self.heavy_due(),
                 Why::Ping(token) => self.ping_lost(token),
                 Why::Control => self.control_due(),
             }
@@ -349,7 +373,11 @@ impl Planner {
 
     fn remove_peer(&mut self, identity: &IdentityKey) {
         let Some(id) = self.by_identity.remove(identity) else { return };
+        if self.heavy.as_ref().is_some_and(|h| h.peer == id) {
+            self.stop_heavy();
+        }
         let Some(peer) = self.peers.get_mut(id.0 as usize).and_then(Option::take) else { return };
+        self.release_sockets(id);
         self.by_wg.remove(&peer.wg);
         self.awaiting_stun.remove(&id);
         if let Some(talk) = &peer.talk {

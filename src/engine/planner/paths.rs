@@ -8,22 +8,27 @@ use rand::Rng;
 use rand::rngs::StdRng;
 
 use crate::engine::drops::Drop;
-use crate::engine::io::{Event, LocalAddress, Output, Path, PeerId, SocketId, Update, Via};
-use crate::engine::path::agent::{Action, Context, PathAgent};
+use crate::engine::io::{Event, LocalAddress, Output, Path, PeerId, PortMapping, Update, Via};
+use crate::engine::path::Leg;
+use crate::engine::path::agent::{Action, Context, HeardAnswer, Offer, PathAgent};
 use crate::engine::path::candidate::{gather, on_link, usable};
 use crate::engine::path::reason::{NatView, behaviour, hopeless};
 use crate::engine::path::reflexive::{FRESH, Question};
 use crate::engine::peer::Actions;
+use crate::engine::planner::limits::Trouble;
 use crate::engine::planner::sessions::IN_USE_COMMAND;
 use crate::engine::planner::{Planner, Why};
 use crate::wire::local::Netcheck;
-use crate::wire::probe::{self, Candidate, MessageKind, PeerMessage};
+use crate::wire::probe::{self, Candidate, CandidateKind, MessageKind, PeerMessage, Punch};
 use crate::wire::stun::{self, Change};
 
 /// UDP payload of a probe of data size: an inner packet of 1,280 bytes (the tunnel's MTU) with WireGuard's 32.
 pub(super) const FULL_SIZE: usize = 1280 + 32;
 /// A call or an answer waits this long for fresh reflexive addresses, then goes out with what is known.
 const STUN_PATIENCE: Duration = Duration::from_millis(250);
+
+/// A round trip through the relay that is believed.
+const LONGEST_ROUND_TRIP: Duration = Duration::from_secs(2);
 
 impl Planner {
     // ---- driving agents ------------------------------------------------------------------------------------------
@@ -54,7 +59,12 @@ impl Planner {
         let Some(peer) = self.peer(id) else { return };
         let Some(talk) = peer.talk.as_deref() else { return };
         if talk.agent.waits_for_candidates() {
-            if self.reflexive.is_fresh(now) && !self.reflexive.is_asking() {
+            let fresh = self.reflexive.is_fresh(now) && !self.reflexive.is_asking();
+            if fresh || self.reflexive.is_usable() {
+                if !fresh {
+                    // If the answers differ from what is told now, the peer is called again.
+                    self.ask_stun();
+                }
                 self.awaiting_stun.remove(&id);
                 self.with_agent(id, |agent, _, cx| agent.candidates_ready(cx));
             } else {
@@ -73,24 +83,47 @@ impl Planner {
     pub(super) fn path_due(&mut self, id: PeerId) {
         let Some(stamps) = self.peer(id).map(|p| p.stamps()) else { return };
         self.with_agent(id, |agent, _, cx| agent.tick(stamps, cx));
-        let mine = self.nat.clone();
-        self.with_agent(id, |agent, _, cx| {
-            if hopeless(&mine, &agent.theirs) {
-                agent.is_hopeless(cx.now);
-            }
-        });
+        let theirs = self.peer(id).and_then(|p| p.talk.as_deref()).map(|t| t.agent.theirs.clone());
+        if theirs.is_some_and(|theirs| hopeless(&self.nat, &theirs) && !self.could_punch_heavily(&theirs)) {
+            self.with_agent(id, |agent, _, cx| agent.is_hopeless(cx.now));
+        }
     }
 
     fn carry_out(&mut self, id: PeerId, action: Action) {
         match action {
             Action::Probe { txid, to, full_size } => {
+                if !self.may_probe(id, to) {
+                    self.drops.count(Drop::Polite);
+                    return;
+                }
                 let Some(talk) = self.peer(id).and_then(|p| p.talk.as_deref()) else { return };
                 let bytes = probe::encode_request(&talk.keys, &txid, full_size.then_some(FULL_SIZE));
-                self.send(Via::Udp { socket: SocketId::for_remote(&to), remote: to }, bytes);
+                self.send(to.via(), bytes);
             }
-            Action::Tell { kind, round, t, echo } => self.tell(id, kind, round, t, echo),
+            Action::Prime { txid, to } => {
+                let Some(ttl) = self.politeness.limits.prime_ttl else { return };
+                let Some(talk) = self.peer(id).and_then(|p| p.talk.as_deref()) else { return };
+                let bytes = probe::encode_request(&talk.keys, &txid, None);
+                self.politeness.sent(to, self.now);
+                self.outputs.push_back(Output::Prime { via: to.via(), bytes, ttl });
+            }
+            Action::Tell { kind, round, t, echo, role } => {
+                self.tell(id, kind, round, t, echo, role.map(|role| Punch { role, ..Punch::default() }));
+            }
             Action::Select(path) => self.select(id, path),
         }
+    }
+
+    /// Politeness: the caps of the whole node, and a small one for addresses that only the peer says are its own.
+    fn may_probe(&mut self, id: PeerId, to: Leg) -> bool {
+        let now = self.now;
+        let ip = to.remote.ip();
+        let may = self.politeness.allowance(now) > 0
+            && (self.is_vouched(id, ip) || self.politeness.may_trouble(ip, Trouble::Probe, now));
+        if may {
+            self.politeness.sent(to, now);
+        }
+        may
     }
 
     fn select(&mut self, id: PeerId, path: Path) {
@@ -102,20 +135,18 @@ impl Planner {
         if talk.path == path {
             return;
         }
-        let endpoint = |path: &Path| match path {
-            Path::Direct { remote, .. } | Path::Both { remote, .. } => Some(*remote),
-            Path::None | Path::Relay => None,
-        };
         // Doubt about a path is not a change of path.
-        let is_change = endpoint(&talk.path) != endpoint(&path);
+        let is_change = Leg::of_path(&talk.path) != Leg::of_path(&path);
         let was = std::mem::replace(&mut talk.path, path);
         if is_change {
             talk.path_since = now;
         }
-        match endpoint(&path) {
-            Some(remote) => {
-                self.last_endpoints.insert(key, remote);
+        match Leg::of_path(&path) {
+            // What another socket reached is of no use without it.
+            Some(leg) if leg == Leg::main(leg.remote) => {
+                self.last_endpoints.insert(key, leg.remote);
             }
+            Some(_) => {}
             // Perhaps it was lost because our NAT forgot us: what it showed before may be wrong now.
             None if is_change => self.reflexive.distrust(),
             None => {}
@@ -126,9 +157,13 @@ impl Planner {
             self.ping_again(id);
         }
         if is_change {
-            let kind = if endpoint(&path).is_some() { "direct" } else { "relay" };
-            tracing::info!(peer = id.0, path = kind, "path changed");
+            let is_direct = Leg::of_path(&path).is_some();
+            tracing::info!(peer = id.0, path = if is_direct { "direct" } else { "relay" }, "path changed");
             self.outputs.push_back(Output::Event(Event::PathChanged { peer: id, key, path }));
+            if is_direct && self.heavy.as_ref().is_some_and(|h| h.peer == id) {
+                self.stop_heavy();
+            }
+            self.release_sockets(id);
         }
     }
 
@@ -147,14 +182,21 @@ impl Planner {
     }
 
     /// Seals a message to the peer and sends it through the relay.
-    fn tell(&mut self, id: PeerId, kind: MessageKind, round: u32, t: Option<u64>, echo: Option<u64>) {
-        let candidates = match kind {
-            MessageKind::Call | MessageKind::Answer => self.candidates(),
-            MessageKind::Go => Vec::new(),
-        };
-        if kind != MessageKind::Go
-            && let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut())
-        {
+    pub(super) fn tell(
+        &mut self,
+        id: PeerId,
+        kind: MessageKind,
+        round: u32,
+        t: Option<u64>,
+        echo: Option<u64>,
+        punch: Option<Punch>,
+    ) {
+        let introduces = matches!(kind, MessageKind::Call | MessageKind::Answer);
+        let candidates = if introduces { self.candidates() } else { Vec::new() };
+        if introduces {
+            self.locate(id);
+        }
+        if introduces && let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) {
             talk.told = candidates.iter().map(|c| c.addr).collect();
         }
         let number = self.next_number;
@@ -171,6 +213,8 @@ impl Planner {
             filtering: self.nat.filtering.clone(),
             udp: self.nat.udp,
             ports: self.nat.ports,
+            primed: (kind == MessageKind::Answer && self.politeness.limits.prime_ttl.is_some()).then_some(true),
+            punch,
         };
         let mut nonce = [0u8; 24];
         self.rng.fill_bytes(&mut nonce);
@@ -182,7 +226,14 @@ impl Planner {
     }
 
     fn candidates(&self) -> Vec<Candidate> {
-        gather(&self.reflexive.addresses(), &self.addresses, self.port_v4, self.port_v6, &self.mesh)
+        gather(
+            self.port_mapping.as_ref().map(|m| m.external),
+            &self.reflexive.addresses(),
+            &self.addresses,
+            self.port_v4,
+            self.port_v6,
+            &self.mesh,
+        )
     }
 
     // ---- what comes from peers -----------------------------------------------------------------------------------
@@ -213,26 +264,61 @@ impl Planner {
                 udp: message.udp,
                 ports: message.ports,
             };
-            let list: Vec<(SocketAddr, bool)> = message
+            let open = open_among(&message.candidates, &theirs);
+            let usable = |addr: &SocketAddr| self.may_be_a_peer_s(addr);
+            let offers: Vec<Offer> = message
                 .candidates
                 .iter()
                 .map(|c| c.addr)
-                .filter(|addr| usable(addr, &self.mesh) && self.has_socket_for(addr) && !self.is_own(addr))
-                .map(|addr| (addr, on_link(&addr, &self.addresses)))
+                .filter(usable)
+                .map(|addr| Offer { addr, near: on_link(&addr, &self.addresses), open: open.contains(&addr) })
                 .collect();
-            self.with_agent(id, |agent, _, _| agent.heard_candidates(&list, theirs));
+            let seen = |c: &&Candidate| c.kind == CandidateKind::Reflexive && c.addr.is_ipv4() && usable(&c.addr);
+            let target = message.candidates.iter().find(seen).map(|c| c.addr);
+            let outlook = hopeless(&self.nat, &theirs);
+            if let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) {
+                talk.target = target;
+            }
+            self.with_agent(id, |agent, _, _| {
+                agent.heard_candidates(&offers, theirs);
+                agent.set_outlook(outlook);
+            });
         }
         match message.kind {
             MessageKind::Call => {
                 self.with_agent(id, |agent, _, cx| agent.heard_call(message.round, message.t, cx));
                 self.want(id, IN_USE_COMMAND);
             }
-            MessageKind::Answer => {
-                self.with_agent(id, |agent, _, cx| agent.heard_answer(message.round, message.t, message.echo, cx));
-            }
+            MessageKind::Answer => self.heard_answer(id, &message),
             MessageKind::Go => {
-                self.with_agent(id, |agent, _, cx| agent.heard_go(message.round, cx));
+                let awaited = self.with_agent(id, |agent, _, cx| agent.heard_go(message.round, cx));
+                if let (Some(true), Some(punch)) = (awaited, message.punch) {
+                    let rtt = Duration::from_micros(message.t.unwrap_or(0)).min(LONGEST_ROUND_TRIP);
+                    self.asked_to_punch(id, punch.role, rtt);
+                }
             }
+            MessageKind::Ports => {
+                if let Some(punch) = message.punch {
+                    self.heard_punch(id, punch);
+                }
+            }
+        }
+    }
+
+    fn heard_answer(&mut self, id: PeerId, message: &PeerMessage) {
+        let theirs = self.peer(id).and_then(|p| p.talk.as_deref()).map(|t| t.agent.theirs.clone()).unwrap_or_default();
+        let role = self.role_towards(id, &theirs);
+        let answer = HeardAnswer {
+            round: message.round,
+            held: message.t,
+            echo: message.echo,
+            opened: message.primed == Some(true),
+        };
+        let heard = self.with_agent(id, |agent, _, cx| {
+            agent.heard_answer(&answer, role, cx).then(|| agent.relay_rtt.unwrap_or_default())
+        });
+        if let (Some(Some(rtt)), Some(role)) = (heard, role) {
+            self.start_heavy(id, role, true, rtt);
         }
     }
 
@@ -249,7 +335,7 @@ impl Planner {
             self.drops.count(Drop::UnexpectedStun);
             return;
         };
-        if self.handle_stun_answer(*remote, bytes) {
+        if self.handle_stun_answer(*remote, bytes) || self.heavy_answered(&txid, via, bytes) {
             return;
         }
         // Which peer's probe it answers is told by the address it went to.
@@ -262,7 +348,11 @@ impl Planner {
             match probe::decode_response(&talk.keys, bytes) {
                 Ok(response) => {
                     let full = response.len >= FULL_SIZE;
-                    self.with_agent(id, |agent, _, cx| agent.heard_answer_to_probe(&txid, *remote, full, cx));
+                    let Some(from) = Leg::of(via) else { return };
+                    let ours = self.with_agent(id, |agent, _, cx| agent.heard_answer_to_probe(&txid, from, full, cx));
+                    if ours == Some(true) {
+                        self.answered_from(id, remote.ip());
+                    }
                 }
                 Err(_) => self.drops.count(Drop::BadProbe),
             }
@@ -290,15 +380,26 @@ impl Planner {
             self.drops.count(Drop::ProbeLimit);
             return;
         }
-        let pad = (request.len >= FULL_SIZE).then_some(FULL_SIZE);
+        let full_size = request.len >= FULL_SIZE;
+        let pad = full_size.then_some(FULL_SIZE);
         let observed = match via {
             Via::Udp { remote, .. } => *remote,
             Via::Relay { .. } => SocketAddr::from(([0, 0, 0, 0], 0)),
         };
+        // Whoever asks may have lied about where it is: an address nobody vouched for is answered as sparingly as probed.
+        if let Via::Udp { remote, .. } = via
+            && !self.is_vouched(id, remote.ip())
+            && !self.politeness.may_trouble(remote.ip(), Trouble::Answer, now)
+        {
+            self.drops.count(Drop::Polite);
+            return;
+        }
+        let Some(talk) = self.peer(id).and_then(|p| p.talk.as_deref()) else { return };
         let answer = probe::encode_response(&talk.keys, &request.txid, observed, pad);
         self.send(*via, answer);
-        if let Via::Udp { remote, .. } = via {
-            self.with_agent(id, |agent, near, cx| agent.heard_probe(*remote, near(remote), cx));
+        if let Some(from) = Leg::of(via) {
+            self.with_agent(id, |agent, near, cx| agent.heard_probe(from, near(&from.remote), full_size, cx));
+            self.heavy_reached(id);
         }
     }
 
@@ -307,7 +408,8 @@ impl Planner {
         if let Via::Udp { remote, .. } = via
             && usable(remote, &self.mesh)
         {
-            self.with_agent(id, |agent, near, cx| agent.heard_data_from(*remote, near(remote), cx));
+            let Some(from) = Leg::of(via) else { return };
+            self.with_agent(id, |agent, near, cx| agent.heard_data_from(from, near(remote), cx));
         }
     }
 
@@ -390,6 +492,9 @@ impl Planner {
     /// True: it was the answer to a question of ours.
     fn handle_stun_answer(&mut self, from: SocketAddr, bytes: &[u8]) -> bool {
         let Ok(response) = stun::decode_binding_response(bytes) else { return false };
+        if self.heavy_heard_stun(&response.txid, response.mapped) {
+            return true;
+        }
         let Some(answered) = self.reflexive.answer(&response.txid, from, response.mapped, self.now) else {
             return false;
         };
@@ -482,12 +587,33 @@ impl Planner {
             Some(false) if view.mapping.is_none() => view.mapping = Some(behaviour::ENDPOINT_INDEPENDENT.to_owned()),
             _ => {}
         }
-        if view != self.nat {
+        let changed = view != self.nat;
+        if changed {
             self.nat = view;
             let ids: Vec<PeerId> = self.talking().map(|(id, _)| id).collect();
             for id in ids {
                 self.with_agent(id, |agent, _, cx| agent.profile_changed(cx.now));
             }
+        }
+        self.announce();
+    }
+
+    /// Where everybody can reach this node, as far as it knows.
+    pub(super) fn open_addresses(&self) -> Vec<SocketAddr> {
+        open_among(&self.candidates(), &self.nat)
+    }
+
+    /// Whether an address may be a peer's at all: usable, of a family we have a socket for, and not our own.
+    pub(super) fn may_be_a_peer_s(&self, addr: &SocketAddr) -> bool {
+        usable(addr, &self.mesh) && self.has_socket_for(addr) && !self.is_own(addr)
+    }
+
+    /// A router granted, renewed or withdrew a port mapping.
+    pub(super) fn port_mapped(&mut self, mapping: Option<PortMapping>) {
+        if mapping != self.port_mapping {
+            self.port_mapping = mapping;
+            self.announce();
+            self.tell_new_candidates();
         }
     }
 
@@ -499,4 +625,18 @@ impl Planner {
         let port = if addr.is_ipv4() { self.port_v4 } else { self.port_v6 };
         port == Some(addr.port()) && self.addresses.iter().any(|a| a.ip == addr.ip())
     }
+}
+
+/// The candidates that let everybody in: mapped ports, all behind a NAT that filters nothing, and public addresses that are
+/// the machine's own, unless they are known to be filtered.
+fn open_among(candidates: &[Candidate], nat: &NatView) -> Vec<SocketAddr> {
+    let is = |kind: CandidateKind, addr: &SocketAddr| candidates.iter().any(|c| c.kind == kind && c.addr == *addr);
+    let of_kind = |kind: CandidateKind| candidates.iter().filter(move |c| c.kind == kind).map(|c| c.addr);
+    let mut open: Vec<SocketAddr> = of_kind(CandidateKind::Mapped).collect();
+    if !nat.is_hard() {
+        let filters_nothing = nat.filters_nothing();
+        let public = |addr: &SocketAddr| nat.filtering.is_none() && is(CandidateKind::Host, addr);
+        open.extend(of_kind(CandidateKind::Reflexive).filter(|addr| filters_nothing || public(addr)));
+    }
+    open
 }

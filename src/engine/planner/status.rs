@@ -12,8 +12,8 @@ use crate::time::Now;
 use crate::trust::names;
 use crate::trust::record::Member;
 use crate::wire::local::{
-    Health, PathKind, Problem, Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer,
-    StatusSelf,
+    Health, PathKind, Problem, Punching, Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath,
+    StatusPeer, StatusSelf,
 };
 use crate::wire::version::{LOCAL, PROGRAM};
 
@@ -77,7 +77,8 @@ impl Planner {
                 filtering: self.nat.filtering.clone(),
                 port_model: self.nat.ports,
                 reflexive: self.reflexive.addresses(),
-                port_mapping: None,
+                port_mapping: self.port_mapping.as_ref().map(|m| m.protocol.clone()),
+                punching: Some(self.punching(now)),
             },
             peers,
             health,
@@ -127,6 +128,21 @@ impl Planner {
                     "give more digits, or the name".into(),
                 ))
             }
+        }
+    }
+
+    /// Limits of punches, and how much of them is used.
+    #[must_use]
+    pub fn punching(&self, now: Now) -> Punching {
+        let limits = self.politeness.limits;
+        Punching {
+            sockets: u16::try_from(self.extra.len()).unwrap_or(u16::MAX),
+            sockets_max: limits.extra_sockets,
+            probes: self.politeness.probes,
+            probes_per_second_max: limits.probes_per_second,
+            entries_last_minute: u32::try_from(self.politeness.entries(now)).unwrap_or(u32::MAX),
+            entries_per_minute_max: limits.entries_per_minute,
+            heavy: self.heavy.as_ref().map(|h| self.name_of(h.peer)),
         }
     }
 

@@ -37,6 +37,8 @@ fn message() -> PeerMessage {
         filtering: None,
         udp: Some(true),
         ports: None,
+        primed: None,
+        punch: None,
     }
 }
 

@@ -1,0 +1,213 @@
+//! What is promised of pairs of NATs, row by row.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use crate::hard::cell::Cell;
+use crate::nat::Kind;
+use crate::scenario::Scenario;
+
+/// Runs of each row.
+pub(crate) const RUNS: u64 = 50;
+
+/// A promise.
+pub(crate) struct Row {
+    pub(crate) name: &'static str,
+    pub(crate) pairs: &'static [(&'static str, &'static str)],
+    /// So many percent of the runs of each pair …
+    pub(crate) percent: f64,
+    /// … are direct both ways after so many milliseconds …
+    pub(crate) within_ms: u64,
+    /// … with so many probes and STUN requests of both sides together, if that matters …
+    pub(crate) packets: Option<u64>,
+    /// … or of each side.
+    pub(crate) packets_a_side: Option<u64>,
+}
+
+const fn row(name: &'static str, pairs: &'static [(&'static str, &'static str)], percent: f64, within_ms: u64) -> Row {
+    Row { name, pairs, percent, within_ms, packets: None, packets_a_side: None }
+}
+
+impl Row {
+    pub(crate) fn holds(&self, cell: &Cell) -> bool {
+        let (a_side, both, _) = cell.packets();
+        cell.within(Duration::from_millis(self.within_ms)) >= self.percent
+            && self.packets.is_none_or(|most| both <= most)
+            && self.packets_a_side.is_none_or(|most| a_side <= most)
+    }
+}
+
+/// From easy to hard.
+pub(crate) const ROWS: [Row; 10] = [
+    row(
+        "endpoint-independent on both sides",
+        &[
+            ("eim+apdf", "eim+apdf"),
+            ("eim+adf", "eim+apdf"),
+            ("linux", "linux"),
+            ("linux", "eim+apdf"),
+            ("eim+adf", "eim+adf"),
+        ],
+        100.0,
+        150,
+    ),
+    row(
+        "public or full cone, and anything",
+        &[
+            ("public", "eim+apdf"),
+            ("public", "linux+open"),
+            ("public", "apdm+apdf"),
+            ("public", "apdm+apdf+seq+foreign200"),
+            ("public", "linux+block512"),
+            ("eim+eif", "eim+apdf"),
+            ("eim+eif", "adm+apdf"),
+            ("eim+eif", "apdm+apdf"),
+        ],
+        100.0,
+        100,
+    ),
+    row(
+        "address-restricted and symmetric",
+        &[("eim+adf", "apdm+apdf"), ("eim+adf", "adm+apdf"), ("eim+adf", "apdm+apdf+seq"), ("eim+adf", "linux+random")],
+        100.0,
+        200,
+    ),
+    row("Linux routers with an open INPUT chain", &[("linux+open", "linux+open")], 100.0, 150),
+    Row {
+        packets: Some(150),
+        ..row(
+            "counting, 200 others a second, and port-restricted",
+            &[("apdm+apdf+seq+foreign200", "eim+apdf"), ("apdm+apdf+seq+foreign200", "linux")],
+            99.0,
+            500,
+        )
+    },
+    Row {
+        packets: Some(300),
+        ..row(
+            "counting on both sides, 200 others a second each",
+            &[("apdm+apdf+seq+foreign200", "apdm+apdf+seq+foreign200")],
+            97.0,
+            1000,
+        )
+    },
+    Row {
+        packets: Some(2600),
+        ..row("random and port-restricted", &[("apdm+apdf", "eim+apdf"), ("linux+random", "linux")], 98.0, 2000)
+    },
+    row("block of 512 and port-restricted", &[("linux+block512", "eim+apdf"), ("linux+block512", "linux")], 99.9, 500),
+    Row {
+        packets_a_side: Some(2000),
+        ..row("blocks of 512 on both sides", &[("linux+block512", "linux+block512")], 95.0, 2000)
+    },
+    row(
+        "random that filters by address, and random",
+        &[("apdm+adf", "apdm+apdf"), ("apdm+adf", "linux+random")],
+        97.0,
+        2000,
+    ),
+];
+
+/// The runs of one pair.
+pub(crate) fn measure((a, b): (&str, &str), n: u64) -> Cell {
+    let kind = |name: &str| name.parse::<Kind>().unwrap();
+    Cell::measure(&Scenario { seed: 1, ..Scenario::pair(kind(a), kind(b)) }, n, Duration::from_secs(8))
+}
+
+/// Every row with what was measured of each of its pairs; measured once.
+pub(crate) fn measured() -> &'static [(Row, Vec<Cell>)] {
+    static MEASURED: OnceLock<Vec<(Row, Vec<Cell>)>> = OnceLock::new();
+    MEASURED.get_or_init(|| {
+        ROWS.into_iter()
+            .map(|row| {
+                let cells = row.pairs.iter().map(|pair| measure(*pair, RUNS)).collect();
+                (row, cells)
+            })
+            .collect()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hard::cell::{stage, stage_with};
+
+    #[test]
+    fn every_row_of_the_promise_holds() {
+        if crate::replay().is_some() {
+            return;
+        }
+        let mut broken = Vec::new();
+        for (row, cells) in measured() {
+            for (pair, cell) in row.pairs.iter().zip(cells).filter(|(_, cell)| !row.holds(cell)) {
+                broken.push(format!("{}: {} × {}: {cell}", row.name, pair.0, pair.1));
+            }
+        }
+        assert!(broken.is_empty(), "{}", broken.join("\n"));
+    }
+
+    /// The caller's first probe reaches the other router 300 ms before that side is told to start.
+    #[test]
+    fn open_input_chains_and_300_ms_of_skew() {
+        for seed in 0..RUNS {
+            let s = Scenario { seed, ..Scenario::pair("linux+open".parse().unwrap(), "linux+open".parse().unwrap()) };
+            let (mut sim, _, a, b) = stage(&s);
+            let start = sim.now();
+            sim.late = Some((b, start + Duration::from_millis(40), Duration::from_millis(300)));
+            sim.ping(a, b, 20, Duration::from_millis(50));
+            let direct =
+                sim.run_until(Duration::from_millis(300), |s| s.is_surely_direct(a, b) && s.is_surely_direct(b, a));
+            assert!(direct, "seed {seed}: {:?}", sim.peer_status(a, b).path);
+            sim.finish();
+        }
+    }
+
+    /// Without the low time to live the same start fails: the routers take the early probe for their own.
+    #[test]
+    fn the_first_packet_s_short_life_is_what_helps() {
+        let s = Scenario { seed: 1, ..Scenario::pair("linux+open".parse().unwrap(), "linux+open".parse().unwrap()) };
+        let mut found = 0;
+        for seed in 0..10 {
+            let s = Scenario { seed, ..s.clone() };
+            let (mut sim, _, a, b) = stage_with(&s, |sim| sim.limits.prime_ttl = None);
+            let start = sim.now();
+            sim.late = Some((b, start + Duration::from_millis(40), Duration::from_millis(300)));
+            sim.ping(a, b, 20, Duration::from_millis(50));
+            found += u32::from(sim.run_until(Duration::from_secs(1), |s| s.is_surely_direct(a, b)));
+            sim.finish();
+        }
+        assert_eq!(found, 0);
+    }
+
+    /// Two NATs that draw from all ports and filter by port: relayed, said so, and left in peace.
+    #[test]
+    fn the_hopeless_are_relayed_and_rest() {
+        for seed in 0..RUNS {
+            let s = Scenario { seed, ..Scenario::pair("apdm+apdf".parse().unwrap(), "apdm+apdf".parse().unwrap()) };
+            let (mut sim, _, a, b) = stage(&s);
+            sim.ping(a, b, 10_000, Duration::from_millis(250));
+            let mut before = [0, 0];
+            for minute in 0..if seed == 0 { 15 } else { 1 } {
+                sim.run_for(Duration::from_secs(60));
+                for (node, before) in [a, b].into_iter().zip(&mut before) {
+                    let sent = sim.node(node).probes - *before;
+                    assert!(sent <= 50, "seed {seed}, minute {minute}: {sent} packets");
+                    *before += sent;
+                }
+            }
+            assert_eq!(sim.first_direct(a, b), None);
+            let reason = sim.peer_status(a, b).path.reason.unwrap();
+            assert!(reason.contains("both NATs pick a new port"), "{reason}");
+            sim.finish();
+        }
+    }
+
+    #[test]
+    fn explore() {
+        let Ok(pairs) = std::env::var("PAIR") else { return };
+        let n = std::env::var("N").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
+        for pair in pairs.split_whitespace() {
+            crate::say(&format!("{pair}: {}", measure(pair.split_once(',').unwrap(), n)));
+        }
+    }
+}
