@@ -23,9 +23,12 @@ const LISTEN: &str = "203.0.113.10:443";
 const STUN: &str = "203.0.113.10:3478,203.0.113.10:3479,203.0.113.11:3478,203.0.113.11:3479";
 
 /// The phone's network, like that of many a hotel, lets UDP out to a few ports only: no guess at ports helps there.
-const STRICT: &str = "table ip strict { chain forward { type filter hook forward priority -10; policy accept;
-    iifname \"lan\" udp dport != { 53, 443, 3478, 3479 } drop;
-} }
+const STRICT: &str = "table ip strict {
+    chain forward {
+        type filter hook forward priority -10; policy accept;
+        iifname \"lan\" udp dport != { 53, 443, 3478, 3479 } drop;
+    }
+}
 ";
 
 /// What there is to show at the end.
