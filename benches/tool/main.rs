@@ -1,0 +1,200 @@
+//! Tools for `scripts/bench`; not part of the program.
+//!
+//! ```text
+//! bench-tool pipe NAME LOCAL REMOTE [--no-offload]   a tunnel without encryption or bookkeeping: the yardstick
+//! bench-tool echo ADDRESS                            answers every datagram
+//! bench-tool ask ADDRESS SECONDS                     round trips by UDP, one at a time: JSON with microseconds
+//! ```
+//!
+//! The pipe moves bytes between a TUN device and a UDP socket with the fewest system calls the kernel allows and looks at
+//! none of them: what the kernel hands over with its segmentation header (up to 64 KiB) leaves as one call cut by the
+//! kernel (`UDP_SEGMENT`), and what arrives in one call (`UDP_GRO`) goes back to the kernel as it was. A real tunnel
+//! must cut, seal, open, check and merge: the distance to the pipe is what that costs.
+
+#![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::print_stdout)]
+
+use std::io::{self, IoSlice};
+use std::net::{SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg, setsockopt, sockopt};
+use nix::unistd::{read, write};
+use tun_rs::{DeviceBuilder, SyncDevice};
+
+/// Bytes of a datagram on a link with an MTU of 1500: less IPv4 and UDP headers, and what WireGuard and an inner MTU of
+/// 1420 leave.
+const DATAGRAM: u16 = 1452;
+/// What the kernel hands over at most: its segmentation header and a packet.
+const SUPERPACKET: usize = 10 + 65_535;
+/// Kernel buffers.
+const BUFFER: usize = 7 << 20;
+/// Packets of one direction before the other has its turn.
+const TURN: usize = 64;
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args.as_slice() {
+        ["pipe", name, local, remote, rest @ ..] => {
+            let offload = match rest {
+                [] => true,
+                ["--no-offload"] => false,
+                _ => bail!("unknown: {rest:?}"),
+            };
+            Pipe::open(name, local.parse()?, remote.parse()?, offload)?.run()
+        }
+        ["echo", address] => echo(address.parse()?),
+        ["ask", address, seconds] => ask(address.parse()?, Duration::from_secs_f64(seconds.parse()?)),
+        _ => bail!("usage: bench-tool pipe NAME LOCAL REMOTE [--no-offload] | echo ADDRESS | ask ADDRESS SECONDS"),
+    }
+}
+
+struct Pipe {
+    tun: SyncDevice,
+    socket: UdpSocket,
+    offload: bool,
+}
+
+impl Pipe {
+    fn open(name: &str, local: SocketAddr, remote: SocketAddr, offload: bool) -> Result<Self> {
+        let tun = DeviceBuilder::new()
+            .name(name)
+            .inherit_enable_state()
+            .with(|more| {
+                more.offload(offload);
+            })
+            .build_sync()?;
+        let flags = OFlag::from_bits_retain(fcntl(&tun, FcntlArg::F_GETFL)?) | OFlag::O_NONBLOCK;
+        fcntl(&tun, FcntlArg::F_SETFL(flags))?;
+        let socket = UdpSocket::bind(local)?;
+        socket.connect(remote)?;
+        socket.set_nonblocking(true)?;
+        if offload {
+            setsockopt(&socket, sockopt::UdpGroSegment, &true)?;
+        }
+        // Needs a capability outside of which the plain option, capped, has to do.
+        if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+            setsockopt(&socket, sockopt::RcvBuf, &BUFFER)?;
+        }
+        if setsockopt(&socket, sockopt::SndBufForce, &BUFFER).is_err() {
+            setsockopt(&socket, sockopt::SndBuf, &BUFFER)?;
+        }
+        Ok(Self { tun, socket, offload })
+    }
+
+    fn run(&self) -> Result<()> {
+        let mut buffer = vec![0; SUPERPACKET];
+        loop {
+            let mut fds =
+                [PollFd::new(self.tun.as_fd(), PollFlags::POLLIN), PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+            poll(&mut fds, PollTimeout::NONE)?;
+            let ready = fds.map(|fd| fd.any().unwrap_or(false));
+            if ready[1] {
+                self.inward(&mut buffer)?;
+            }
+            if ready[0] {
+                self.outward(&mut buffer)?;
+            }
+        }
+    }
+
+    fn outward(&self, buffer: &mut [u8]) -> Result<()> {
+        for _ in 0..TURN {
+            let len = match read(&self.tun, buffer) {
+                Ok(len) => len,
+                Err(Errno::EAGAIN) => return Ok(()),
+                Err(e) => return Err(e).context("the TUN device"),
+            };
+            let bytes = [IoSlice::new(&buffer[..len])];
+            let cut = [ControlMessage::UdpGsoSegments(&DATAGRAM)];
+            let cut = if self.offload && len > usize::from(DATAGRAM) { &cut[..] } else { &[] };
+            // A full buffer drops, as a full queue anywhere does.
+            match sendmsg::<()>(self.socket.as_raw_fd(), &bytes, cut, MsgFlags::empty(), None) {
+                Ok(_) | Err(Errno::EAGAIN | Errno::ENOBUFS | Errno::ECONNREFUSED) => {}
+                Err(e) => return Err(e).context("sending"),
+            }
+        }
+        Ok(())
+    }
+
+    fn inward(&self, buffer: &mut [u8]) -> Result<()> {
+        for _ in 0..TURN {
+            let len = match recv(self.socket.as_raw_fd(), buffer, MsgFlags::empty()) {
+                Ok(len) => len,
+                Err(Errno::EAGAIN | Errno::ECONNREFUSED) => return Ok(()),
+                Err(e) => return Err(e).context("receiving"),
+            };
+            // What the kernel finds malformed it counts and refuses.
+            match write(&self.tun, &buffer[..len]) {
+                Ok(_) | Err(Errno::EINVAL | Errno::EIO | Errno::ENOBUFS) => {}
+                Err(e) => return Err(e).context("the TUN device"),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn echo(address: SocketAddr) -> Result<()> {
+    let socket = UdpSocket::bind(address)?;
+    let mut buffer = [0; 2048];
+    loop {
+        let (len, from) = socket.recv_from(&mut buffer)?;
+        // An asker that is gone.
+        let _ = socket.send_to(&buffer[..len], from);
+    }
+}
+
+/// How long an answer may take before it counts as lost.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+fn ask(address: SocketAddr, time: Duration) -> Result<()> {
+    let any: SocketAddr = if address.is_ipv4() { "0.0.0.0:0".parse()? } else { "[::]:0".parse()? };
+    let socket = UdpSocket::bind(any)?;
+    socket.connect(address)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    let end = Instant::now() + time;
+    let mut took = Vec::with_capacity(1 << 20);
+    let mut lost = 0u32;
+    let mut number = 0u64;
+    let mut bytes = [0u8; 64];
+    while Instant::now() < end {
+        number += 1;
+        bytes[..8].copy_from_slice(&number.to_le_bytes());
+        let asked = Instant::now();
+        socket.send(&bytes)?;
+        loop {
+            let mut answer = [0u8; 64];
+            match socket.recv(&mut answer) {
+                // A late answer to an earlier question is passed over.
+                Ok(_) if answer[..8] != bytes[..8] => {}
+                Ok(_) => {
+                    took.push(asked.elapsed());
+                    break;
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    lost += 1;
+                    break;
+                }
+                Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => bail!("nobody answers at {address}"),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+    if took.is_empty() {
+        bail!("no answer from {address}");
+    }
+    took.sort_unstable();
+    let at = |percent: usize| took[(took.len() - 1) * percent / 100].as_secs_f64() * 1e6;
+    println!(
+        "{{\"asked\":{number},\"lost\":{lost},\"p50\":{:.1},\"p99\":{:.1},\"max\":{:.1}}}",
+        at(50),
+        at(99),
+        at(100)
+    );
+    Ok(())
+}
