@@ -6,6 +6,7 @@ pub mod ip;
 pub mod keys;
 pub mod local;
 pub mod nat;
+pub mod offload;
 pub mod probe;
 pub mod relay;
 pub mod relay_udp;
