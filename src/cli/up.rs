@@ -50,6 +50,9 @@ pub struct Args {
     /// UDP port [default: the one used last, at first a random one]
     #[arg(long)]
     port: Option<u16>,
+    /// Leave the kernel's and the drivers' packet offloads unused, for those that have faults
+    #[arg(long)]
+    no_offload: bool,
     /// How long to wait until the node is up, such as 30s
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration::parse)]
     timeout: Duration,
@@ -89,6 +92,7 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
         port: args.port.unwrap_or(0),
         network_name: args.network_name.clone(),
         ipv4_range: args.ipv4_range,
+        no_offload: args.no_offload,
     };
     if args.foreground {
         return Ok(daemon::run(options)?);
@@ -189,6 +193,7 @@ mod tests {
             port: None,
             timeout: Duration::from_secs(30),
             foreground: false,
+            no_offload: false,
             network_name: None,
             ipv4_range: None,
         }

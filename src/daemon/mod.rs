@@ -62,6 +62,9 @@ pub struct Options {
     pub name: Option<String>,
     /// A claim or invite token, as text. Absent: resume.
     pub token: Option<TokenText>,
+    /// Move every packet alone, as kernels and drivers without offloads need it.
+    #[serde(default)]
+    pub no_offload: bool,
     /// UDP port; 0: the one used last, or a random one.
     pub port: u16,
     /// Name of the network; only for founding. Absent: `home`.

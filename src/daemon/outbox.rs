@@ -1,5 +1,7 @@
-//! Where the packet machines write: memory handed out before anything is sealed, sent after every lock is released.
+//! Where the packet machines write: memory handed out before anything is sealed or opened, sent after every lock is
+//! released. Sealed datagrams of one size to one peer leave as a train, opened packets of one flow as a superpacket.
 
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -8,15 +10,21 @@ use tokio::sync::mpsc;
 
 use crate::daemon::relay_thread::RelayHandle;
 use crate::engine::drops::{Drop, Drops};
-use crate::engine::io::{Notice, PeerId, Via};
+use crate::engine::io::{Notice, PeerId, SocketId, Via};
 use crate::engine::packet::{Destination, InboundSink, OutboundSink};
+use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS};
 use crate::os::tun::Tun;
-use crate::os::udp::UdpSockets;
+use crate::os::udp::{Outgoing, PIECES, Sender, UdpSockets};
+use crate::time::Now;
+use crate::wire::keys::WgKey;
+use crate::wire::offload::Merger;
 
 /// Bytes of datagrams that one turn may produce: 128 staged packets and a batch, sealed, twice over.
 const DATAGRAM_ROOM: usize = 1 << 20;
 /// Bytes of inner packets that wait for the TUN device before they are written.
 const TUN_ROOM: usize = 256 << 10;
+/// How far the datagrams of a train may lie apart among those of others.
+const LOOK_AHEAD: usize = 2 * MAX_DATAGRAMS;
 
 /// A block of memory that items are written into one after the other.
 #[derive(Debug)]
@@ -24,16 +32,15 @@ struct Arena<M> {
     bytes: Box<[u8]>,
     used: usize,
     open: Option<M>,
-    items: Vec<(Range<usize>, M)>,
 }
 
 impl<M> Arena<M> {
     fn new(size: usize) -> Self {
         // Zeroed memory from the system is not resident until it is written to.
-        Self { bytes: vec![0; size].into_boxed_slice(), used: 0, open: None, items: Vec::new() }
+        Self { bytes: vec![0; size].into_boxed_slice(), used: 0, open: None }
     }
 
-    fn has_room(&self, max: usize) -> bool {
+    const fn has_room(&self, max: usize) -> bool {
         self.bytes.len() - self.used >= max
     }
 
@@ -43,23 +50,28 @@ impl<M> Arena<M> {
         Some(room)
     }
 
-    fn commit(&mut self, len: usize) {
-        if let Some(meta) = self.open.take() {
-            let end = (self.used + len).min(self.bytes.len());
-            self.items.push((self.used..end, meta));
-            self.used = end;
-        }
+    /// Where the item in the room handed out last is, if there is one.
+    fn commit(&mut self, len: usize) -> Option<(Range<usize>, M)> {
+        let meta = self.open.take()?;
+        let end = (self.used + len).min(self.bytes.len());
+        let place = self.used..end;
+        self.used = end;
+        Some((place, meta))
     }
 
-    /// Hands every item to `each`, in order, and begins anew.
-    fn drain(&mut self, mut each: impl FnMut(&M, &[u8])) {
-        for (range, meta) in &self.items {
-            each(meta, &self.bytes[range.clone()]);
-        }
-        self.items.clear();
+    fn clear(&mut self) {
         self.used = 0;
         self.open = None;
     }
+}
+
+/// A datagram that waits to be sent.
+#[derive(Debug)]
+struct Waiting {
+    place: Range<usize>,
+    to: Destination,
+    ecn: u8,
+    gone: bool,
 }
 
 /// Both sinks of one data worker.
@@ -67,11 +79,16 @@ impl<M> Arena<M> {
 pub(super) struct Outbox {
     tun: Tun,
     sockets: Arc<UdpSockets>,
+    sender: Sender,
     relay: RelayHandle,
     notices: Notices,
+    /// Told after the locks are released.
+    untold: Vec<Notice>,
     drops: Arc<Drops>,
-    datagrams: Arena<Destination>,
+    datagrams: Arena<(Destination, u8)>,
+    waiting: Vec<Waiting>,
     inner: Arena<()>,
+    merger: Merger,
     /// Peers whose staged packets can go now.
     pub(super) established: Vec<PeerId>,
 }
@@ -84,14 +101,19 @@ impl Outbox {
         notices: Notices,
         drops: Arc<Drops>,
     ) -> Self {
+        let offload = tun.offload();
         Self {
             tun,
             sockets,
+            sender: Sender::default(),
             relay,
             notices,
+            untold: Vec::new(),
             drops,
             datagrams: Arena::new(DATAGRAM_ROOM),
+            waiting: Vec::new(),
             inner: Arena::new(TUN_ROOM),
+            merger: Merger::new(offload.tcp, offload.udp),
             established: Vec::new(),
         }
     }
@@ -102,28 +124,90 @@ impl Outbox {
     }
 
     /// Sends and delivers everything written so far.
-    pub(super) fn flush(&mut self) {
+    pub(super) fn flush(&mut self, now: Now) {
         self.flush_tun();
-        let Self { datagrams, sockets, relay, drops, .. } = self;
-        datagrams.drain(|to, bytes| match to {
-            Destination::Udp { socket, remote } => {
-                if let Err(why) = sockets.send(*socket, remote, bytes) {
-                    drops.count(Drop::SendFailed);
-                    tracing::trace!(%why, "a datagram was not sent");
-                }
-            }
-            Destination::Relay { peer } => relay.packet(*peer, bytes.to_vec()),
-        });
+        self.flush_datagrams(now);
+        for notice in self.untold.drain(..) {
+            self.notices.tell(notice);
+        }
+    }
+
+    /// Makes sure that inner packets of `max` bytes together can be written without anything being delivered meanwhile.
+    pub(super) fn reserve_tun(&mut self, max: usize) {
+        if !self.inner.has_room(max) {
+            self.flush_tun();
+        }
     }
 
     fn flush_tun(&mut self) {
-        let Self { inner, tun, drops, .. } = self;
-        inner.drain(|(), packet| {
-            if let Err(why) = tun.send(packet) {
-                drops.count(Drop::TunRefused);
-                tracing::trace!(%why, "the kernel refused a packet");
+        let Self { inner, merger, tun, drops, .. } = self;
+        merger.drain(&mut inner.bytes, |offload, memory, pieces| {
+            let packets = pieces.packets();
+            if let Err(why) = tun.send(offload, memory, pieces) {
+                drops.add(Drop::TunRefused, packets as u64);
+                tracing::trace!(%why, packets, "the kernel refused a packet");
             }
         });
+        inner.clear();
+    }
+
+    fn flush_datagrams(&mut self, now: Now) {
+        for first in 0..self.waiting.len() {
+            let Waiting { to, ecn, gone, .. } = self.waiting[first];
+            match to {
+                _ if gone => {}
+                Destination::Udp { socket, remote } => self.send_train(first, socket, remote, ecn, now),
+                Destination::Relay { peer } => self.relay(first, peer),
+            }
+        }
+        self.waiting.clear();
+        self.datagrams.clear();
+    }
+
+    /// Sends the datagram, and what can go with it of what comes after.
+    fn send_train(&mut self, first: usize, socket: SocketId, remote: SocketAddr, ecn: u8, now: Now) {
+        let bytes = &self.datagrams.bytes;
+        let size = self.waiting[first].place.len();
+        let mut place = self.waiting[first].place.clone();
+        let (mut pieces, mut used) = ([&[][..]; PIECES], 0);
+        let (mut datagrams, mut total) = (1, size);
+        let to = Destination::Udp { socket, remote };
+        for next in self.waiting.iter_mut().skip(first + 1).take(LOOK_AHEAD) {
+            if next.to != to {
+                continue;
+            }
+            let len = next.place.len();
+            // What does not fit in ends the train: nothing to the same peer may overtake it.
+            if next.ecn != ecn || len > size || datagrams == MAX_DATAGRAMS || total + len > MAX_BYTES {
+                break;
+            }
+            if next.place.start == place.end {
+                place.end = next.place.end;
+            } else if used + 1 == PIECES {
+                break;
+            } else {
+                pieces[used] = &bytes[place];
+                used += 1;
+                place = next.place.clone();
+            }
+            next.gone = true;
+            datagrams += 1;
+            total += len;
+            if len < size {
+                break;
+            }
+        }
+        pieces[used] = &bytes[place];
+        let train = Outgoing { socket, remote, ecn, size, pieces: &pieces[..=used] };
+        let result = self.sender.send(&self.sockets, &train, now);
+        if let Some(why) = result.error {
+            self.drops.add(Drop::SendFailed, result.failed as u64);
+            tracing::trace!(%why, datagrams = result.failed, "datagrams were not sent");
+        }
+    }
+
+    fn relay(&self, item: usize, peer: WgKey) {
+        self.relay.packet(peer, self.datagrams.bytes[self.waiting[item].place.clone()].to_vec());
     }
 
     /// Tries again to tell the planner what it had no room for. True: nothing is left.
@@ -133,15 +217,17 @@ impl Outbox {
 }
 
 impl OutboundSink for Outbox {
-    fn room(&mut self, to: &Destination, max: usize) -> Option<&mut [u8]> {
+    fn room(&mut self, to: &Destination, ecn: u8, max: usize) -> Option<&mut [u8]> {
         if matches!(to, Destination::Relay { .. }) && !self.relay.has_room() {
             return None;
         }
-        self.datagrams.room(max, *to)
+        self.datagrams.room(max, (*to, ecn))
     }
 
     fn commit(&mut self, len: usize) {
-        self.datagrams.commit(len);
+        if let Some((place, (to, ecn))) = self.datagrams.commit(len) {
+            self.waiting.push(Waiting { place, to, ecn, gone: false });
+        }
     }
 
     fn to_tun(&mut self, packet: &[u8]) {
@@ -150,21 +236,21 @@ impl OutboundSink for Outbox {
     }
 
     fn notice(&mut self, notice: Notice) {
-        self.notices.tell(notice);
+        self.untold.push(notice);
     }
 }
 
 impl InboundSink for Outbox {
     fn tun_room(&mut self, max: usize) -> &mut [u8] {
-        if !self.inner.has_room(max) {
-            self.flush_tun();
-        }
+        self.reserve_tun(max);
         // A datagram is at most 64 KiB, and the arena is empty now.
         self.inner.room(max, ()).unwrap_or_default()
     }
 
     fn tun_commit(&mut self, len: usize) {
-        self.inner.commit(len);
+        if let Some((place, ())) = self.inner.commit(len) {
+            self.merger.add(&self.inner.bytes, place);
+        }
     }
 
     fn reply(&mut self, via: &Via, bytes: &[u8]) {
@@ -172,17 +258,17 @@ impl InboundSink for Outbox {
             Via::Udp { socket, remote } => Destination::Udp { socket: *socket, remote: *remote },
             Via::Relay { peer } => Destination::Relay { peer: *peer },
         };
-        match self.datagrams.room(bytes.len(), to) {
+        match self.datagrams.room(bytes.len(), (to, 0)) {
             Some(room) => {
                 room.copy_from_slice(bytes);
-                self.datagrams.commit(bytes.len());
+                OutboundSink::commit(self, bytes.len());
             }
             None => self.drops.count(Drop::SendFailed),
         }
     }
 
     fn notice(&mut self, notice: Notice) {
-        self.notices.tell(notice);
+        self.untold.push(notice);
     }
 
     fn established(&mut self, peer: PeerId) {
@@ -248,15 +334,14 @@ mod tests {
     fn an_arena_keeps_what_was_committed_in_order_and_forgets_what_was_not() {
         let mut arena = Arena::new(10);
         arena.room(4, 'a').unwrap().copy_from_slice(b"aaaa");
-        arena.commit(2);
+        assert_eq!(arena.commit(2), Some((0..2, 'a')));
         arena.room(6, 'x').unwrap().fill(b'x');
         arena.room(3, 'b').unwrap().copy_from_slice(b"bbb");
-        arena.commit(3);
-        arena.commit(3);
+        assert_eq!(arena.commit(3), Some((2..5, 'b')));
+        assert_eq!(arena.commit(3), None);
         assert!(arena.room(6, 'c').is_none(), "five bytes are left");
-        let mut got = Vec::new();
-        arena.drain(|meta, bytes| got.push((*meta, bytes.to_vec())));
-        assert_eq!(got, [('a', b"aa".to_vec()), ('b', b"bbb".to_vec())]);
+        assert_eq!(arena.bytes[..5], *b"aabbb");
+        arena.clear();
         assert!(arena.has_room(10));
     }
 
@@ -266,7 +351,7 @@ mod tests {
         let (slow, _slow) = mpsc::channel(1);
         let (facts, mut heard) = mpsc::channel(1);
         let mut notices = Notices::new(slow, facts, Arc::clone(&drops));
-        let via = Via::Relay { peer: crate::wire::keys::WgKey([1; 32]) };
+        let via = Via::Relay { peer: WgKey([1; 32]) };
         for _ in 0..3 {
             notices.tell(Notice::Slow { via, bytes: vec![1] });
         }

@@ -1,10 +1,10 @@
 //! The packet loop: TUN, UDP and relay, both directions, in batches. Waits only for the kernel.
 //!
 //! A turn: wait until something is readable; receive at most one batch from every ready source; take the planner's
-//! updates (so that whoever may act on an update finds it applied); carry what came; send what that produced.
+//! updates (so that whoever may act on an update finds it applied); carry what came; send what that produced. A batch is
+//! what is there: nothing waits for it to fill.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,14 +18,18 @@ use crate::daemon::outbox::{FromRelay, Outbox};
 use crate::engine::inbound::Inbound;
 use crate::engine::io::{SocketId, Update, Via};
 use crate::engine::outbound::Outbound;
-use crate::os::batch::Batch;
+use crate::engine::packet::{FromTun, MIN_ROOM};
 use crate::os::clock;
+use crate::os::train::Receiver as Trains;
+use crate::os::tun::FromKernel;
 use crate::os::udp::UdpSockets;
 use crate::os::wake::Wake;
 use crate::time::Now;
 
-/// Packets of one source in one turn.
+/// Relayed packets in one turn.
 const BATCH: usize = 64;
+/// Inner bytes that one train of datagrams may hold.
+const TRAIN: usize = 1 << 16;
 /// How soon the planner is told again what it had no room for.
 const RETRY_MS: u16 = 10;
 
@@ -66,8 +70,8 @@ struct Ready {
 
 impl Worker {
     fn run(mut self) -> io::Result<()> {
-        let mut from_tun = Batch::new(BATCH);
-        let mut from_udp = [Batch::new(BATCH), Batch::new(BATCH)];
+        let mut from_tun = FromKernel::default();
+        let mut from_udp = Trains::default();
         let mut from_relay = Vec::with_capacity(BATCH);
         loop {
             let heard = self.outbox.retry_notices();
@@ -81,54 +85,58 @@ impl Worker {
             if self.stop.load(Ordering::Acquire) {
                 return Ok(());
             }
-            from_tun.clear();
-            from_udp.iter_mut().for_each(Batch::clear);
             from_relay.clear();
-            if ready.tun {
-                self.outbox.tun().recv_batch(&mut from_tun)?;
-            }
-            let [v4, v6] = &mut from_udp;
-            if ready.v4 {
-                self.sockets.recv_batch(SocketId::V4, v4);
-            }
-            if ready.v6 {
-                self.sockets.recv_batch(SocketId::V6, v6);
-            }
             from_relay.extend(self.relayed.try_iter().take(BATCH));
-
-            let now = clock::now();
+            let mut now = clock::now();
             if !self.take_updates(now) {
                 return Ok(());
             }
-            self.carry_in(SocketId::V4, v4, now);
-            self.carry_in(SocketId::V6, v6, now);
+            for (socket, readable) in [(SocketId::V4, ready.v4), (SocketId::V6, ready.v6)] {
+                if readable {
+                    self.sockets.receive(socket, &mut from_udp);
+                    now = clock::now();
+                    // Whatever the planner let the sender know it told us before.
+                    if !self.take_updates(now) {
+                        return Ok(());
+                    }
+                    self.carry_in(socket, &from_udp, now);
+                }
+            }
             for relayed in &from_relay {
                 self.inbound.handle_datagram(&Via::Relay { peer: relayed.peer }, &relayed.bytes, now, &mut self.outbox);
             }
             self.flush_established(now);
-            self.outbound.handle_tun(from_tun.iter_mut().map(|(packet, ())| &*packet), now, &mut self.outbox);
-            self.outbox.flush();
+            self.outbox.flush(now);
+            if ready.tun {
+                self.outbox.tun().receive(&mut from_tun)?;
+                let packets = from_tun.packets().map(|(bytes, offload)| FromTun { bytes, offload });
+                self.outbound.handle_tun(packets, now, &mut self.outbox);
+                self.outbox.flush(now);
+            }
         }
     }
 
     fn wait(&self, patience: PollTimeout) -> io::Result<Ready> {
-        let mut fds = Vec::with_capacity(4);
-        fds.push(PollFd::new(self.wake.as_fd(), PollFlags::POLLIN));
-        fds.push(PollFd::new(self.outbox.tun().as_fd(), PollFlags::POLLIN));
-        for socket in [SocketId::V4, SocketId::V6] {
-            fds.extend(self.sockets.descriptor(socket).map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
-        }
+        let [v4, v6] = [SocketId::V4, SocketId::V6].map(|socket| self.sockets.descriptor(socket));
+        // A socket that is missing is stood for by one that nothing is asked of.
+        let (wake, asked) =
+            (self.wake.as_fd(), |fd: Option<_>| if fd.is_some() { PollFlags::POLLIN } else { PollFlags::empty() });
+        let mut fds = [
+            PollFd::new(wake, PollFlags::POLLIN),
+            PollFd::new(self.outbox.tun().as_fd(), PollFlags::POLLIN),
+            PollFd::new(v4.unwrap_or(wake), asked(v4)),
+            PollFd::new(v6.unwrap_or(wake), asked(v6)),
+        ];
         match poll(&mut fds, patience) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(e) => return Err(e.into()),
         }
         // An error condition counts as readable: the read then says what it is.
-        let mut any = fds.iter().map(|fd| fd.any() == Some(true));
-        if any.next() == Some(true) {
+        let [woken, tun, v4, v6] = fds.map(|fd| fd.any() == Some(true));
+        if woken {
             self.wake.silence();
         }
-        let mut next = || any.next().unwrap_or(false);
-        Ok(Ready { tun: next(), v4: next(), v6: next() })
+        Ok(Ready { tun, v4, v6 })
     }
 
     /// False: the planner is gone.
@@ -140,7 +148,7 @@ impl Worker {
                     self.inbound.apply(update.clone());
                     self.outbound.apply(update, now, &mut self.outbox);
                     if flushes {
-                        self.outbox.flush();
+                        self.outbox.flush(now);
                     }
                 }
                 Err(TryRecvError::Empty) => return true,
@@ -149,10 +157,12 @@ impl Worker {
         }
     }
 
-    fn carry_in(&mut self, socket: SocketId, batch: &mut Batch<SocketAddr>, now: Now) {
-        for (bytes, remote) in batch.iter_mut() {
-            let via = Via::Udp { socket, remote: *remote };
-            self.inbound.handle_datagram(&via, bytes, now, &mut self.outbox);
+    fn carry_in(&mut self, socket: SocketId, trains: &Trains, now: Now) {
+        for train in trains.trains() {
+            // What is opened while a session is locked must find room.
+            self.outbox.reserve_tun(TRAIN + MIN_ROOM);
+            let via = Via::Udp { socket, remote: train.from };
+            self.inbound.handle_train(&via, train.ecn, train.datagrams(), now, &mut self.outbox);
         }
     }
 
@@ -160,7 +170,7 @@ impl Worker {
     fn flush_established(&mut self, now: Now) {
         while let Some(peer) = self.outbox.established.pop() {
             self.outbound.flush(peer, now, &mut self.outbox);
-            self.outbox.flush();
+            self.outbox.flush(now);
         }
     }
 }

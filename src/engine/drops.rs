@@ -32,6 +32,8 @@ macro_rules! drops {
 drops! {
     /// Outbound: not an IPv4 or IPv6 packet, or its lengths contradict each other.
     BadIp = "bad-ip",
+    /// Outbound: the kernel handed over several packets as one in a form that cannot be cut.
+    BadSuperpacket = "bad-superpacket",
     /// Outbound: no peer owns the destination address.
     NoRoute = "no-route",
     /// Outbound: more packets waited for a session than the queue holds; the oldest was dropped.
@@ -66,6 +68,8 @@ drops! {
     Replayed = "replayed",
     /// Inbound: the sealed content is no IP packet.
     BadInner = "bad-inner",
+    /// Inbound: marked as congested on its way, and its ends do not know such marks (RFC 6040).
+    Congested = "congested",
     /// Inbound: the inner source address does not belong to the peer that sent it.
     SpoofedSource = "spoofed-source",
     /// Inbound: the inner destination is not this node.

@@ -1,10 +1,11 @@
-//! From the network to the TUN device. Read top to bottom: classify, find the key, open, check the source, queue.
+//! From the network to the TUN device. Read top to bottom: classify, find the key, open, check the source, queue,
+//! stamp.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{ArcMutexGuard, Mutex, RawMutex};
 use rustc_hash::FxBuildHasher;
 
 use crate::engine::drops::{Drop, Drops};
@@ -43,6 +44,17 @@ struct Peer {
     probe_name: Option<[u8; 8]>,
 }
 
+/// The lock of the tunnel whose run of datagrams is being opened, and what is noted for its peer when the run ends.
+struct Run {
+    index: u32,
+    id: PeerId,
+    tunnel: ArcMutexGuard<RawMutex, Tunnel>,
+    /// Inner bytes delivered.
+    delivered: usize,
+    /// Anything opened at all.
+    heard: bool,
+}
+
 /// What an [`Inbound`] must know from the start.
 #[derive(Debug, Clone)]
 pub struct InboundConfig {
@@ -72,22 +84,45 @@ impl Inbound {
 
     /// Carries one datagram, from a UDP socket or out of a relay frame.
     pub fn handle_datagram(&mut self, via: &Via, bytes: &[u8], now: Now, sink: &mut impl InboundSink) {
-        match classify(bytes) {
-            Kind::Data => self.data(via, bytes, now, sink),
-            Kind::HandshakeInit | Kind::HandshakeResponse | Kind::CookieReply => self.handshake(via, bytes, now, sink),
-            Kind::Stun => match self.stun_is_expected(via, bytes) {
-                Ok(()) => slow(via, bytes, sink),
-                Err(why) => self.drops.count(why),
-            },
-            Kind::Sealed => match via {
-                // Over the relay the sender is known; by UDP only the name in the message tells.
-                Via::Udp { .. } if !probe::sealed_name(bytes).is_some_and(|n| self.probe_names.contains(&n)) => {
-                    self.drops.count(Drop::BadSealed);
+        self.handle_train(via, 0, [bytes], now, sink);
+    }
+
+    /// Carries datagrams that came the same way, in order, with the ECN field `ecn` (RFC 3168 section 5) in their outer
+    /// headers.
+    pub fn handle_train<'a>(
+        &mut self,
+        via: &Via,
+        ecn: u8,
+        datagrams: impl IntoIterator<Item = &'a [u8]>,
+        now: Now,
+        sink: &mut impl InboundSink,
+    ) {
+        let mut run = None;
+        for bytes in datagrams {
+            // 1 classify
+            match classify(bytes) {
+                Kind::Data => {
+                    self.data(via, ecn, bytes, &mut run, now, sink);
+                    continue;
                 }
-                Via::Udp { .. } | Via::Relay { .. } => slow(via, bytes, sink),
-            },
-            Kind::RelayDatagram | Kind::Junk => self.drops.count(Drop::Junk),
+                Kind::HandshakeInit | Kind::HandshakeResponse | Kind::CookieReply => {
+                    self.handshake(via, bytes, now, sink);
+                }
+                Kind::Stun => match self.stun_is_expected(via, bytes) {
+                    Ok(()) => slow(via, bytes, sink),
+                    Err(why) => self.drops.count(why),
+                },
+                Kind::Sealed => match via {
+                    // Over the relay the sender is known; by UDP only the name in the message tells.
+                    Via::Udp { .. } if !probe::sealed_name(bytes).is_some_and(|n| self.probe_names.contains(&n)) => {
+                        self.drops.count(Drop::BadSealed);
+                    }
+                    Via::Udp { .. } | Via::Relay { .. } => slow(via, bytes, sink),
+                },
+                Kind::RelayDatagram | Kind::Junk => self.drops.count(Drop::Junk),
+            }
         }
+        self.end_run(via, run, now, sink);
     }
 
     /// Takes what the planner decided.
@@ -145,65 +180,78 @@ impl Inbound {
         }
     }
 
-    fn data(&mut self, via: &Via, bytes: &[u8], now: Now, sink: &mut impl InboundSink) {
-        // 2 find the key
-        let session = wireguard::receiver_index(bytes).and_then(|index| self.sessions.by_session(index));
-        let Some((id, tunnel)) = session else {
-            self.drops.count(Drop::UnknownIndex);
-            if let Via::Relay { peer } = via {
-                sink.notice(Notice::UnknownIndex(*peer));
-            }
-            return;
-        };
-        let id = *id;
-        // 3 replay, open
-        let room = sink.tun_room(bytes.len().max(MIN_ROOM));
-        let opened = tunnel.lock().open(Some(pseudo_ip(via)), bytes, room, now);
-        let (inner, established): (&[u8], bool) = match opened {
-            Opened::Packet { len, established } => (&room[..len], established),
-            Opened::Keepalive { established } => (&[], established),
-            Opened::Error(why) => {
-                self.drops.count(match why {
-                    OpenError::BadTag => Drop::BadTag,
-                    OpenError::Replayed => Drop::Replayed,
-                    OpenError::UnknownSession => Drop::UnknownIndex,
-                    OpenError::BadInner => Drop::BadInner,
-                    OpenError::Other => Drop::BadTag,
-                });
-                match (why, via) {
-                    (OpenError::UnknownSession, Via::Relay { peer }) => sink.notice(Notice::UnknownIndex(*peer)),
-                    (OpenError::Replayed, Via::Relay { peer: key }) => {
-                        let peer = self.peers.get(id.0 as usize).and_then(Option::as_ref);
-                        if let Some(peer) = peer.filter(|p| p.key == *key) {
-                            peer.traffic.copy_came_by_relay(now);
-                        }
-                    }
-                    _ => {}
+    fn data(&mut self, via: &Via, ecn: u8, bytes: &[u8], run: &mut Option<Run>, now: Now, sink: &mut impl InboundSink) {
+        // 2 find the key: the session is locked once for its run of datagrams
+        let index = wireguard::tunnel_index(wireguard::data_receiver(bytes));
+        if run.as_ref().is_none_or(|run| run.index != index) {
+            self.end_run(via, run.take(), now, sink);
+            let Some((id, tunnel)) = self.sessions.get(index) else {
+                self.drops.count(Drop::UnknownIndex);
+                if let Via::Relay { peer } = via {
+                    sink.notice(Notice::UnknownIndex(*peer));
                 }
                 return;
-            }
-        };
-        // 4 source check: the longest match of the inner source must be this very peer
-        let mut deliver = None;
-        if !inner.is_empty() {
-            match ip::source_destination(inner) {
-                Err(_) => self.drops.count(Drop::BadInner),
-                Ok((source, _)) if !self.routes.owner_is(source, id) => self.drops.count(Drop::SpoofedSource),
-                Ok((_, destination)) if !self.own.contains(&destination) => self.drops.count(Drop::NotForUs),
-                Ok(_) => deliver = Some(inner.len()),
-            }
+            };
+            *run = Some(Run { index, id: *id, tunnel: tunnel.lock_arc(), delivered: 0, heard: false });
         }
-        if let Some(len) = deliver {
-            sink.tun_commit(len);
+        let Some(run) = run else { return };
+        // 3 replay, open
+        let room = sink.tun_room(bytes.len().max(MIN_ROOM));
+        let (inner, established): (&mut [u8], bool) = match run.tunnel.open(Some(pseudo_ip(via)), bytes, room, now) {
+            Opened::Packet { len, established } => (&mut room[..len], established),
+            Opened::Keepalive { established } => (&mut [], established),
+            Opened::Error(why) => return self.not_opened(run.id, via, why, now, sink),
+        };
+        run.heard = true;
+        if !inner.is_empty() {
+            // 4 source check: the longest match of the inner source must be this very peer
+            let deliver = match ip::source_destination(inner) {
+                Err(_) => Err(Drop::BadInner),
+                Ok((source, _)) if !self.routes.owner_is(source, run.id) => Err(Drop::SpoofedSource),
+                Ok((_, destination)) if !self.own.contains(&destination) => Err(Drop::NotForUs),
+                Ok(_) => ip::apply_ecn(inner, ecn).map_err(|_| Drop::Congested),
+            };
+            // 5 queue
+            match deliver {
+                Ok(()) => {
+                    let len = inner.len();
+                    sink.tun_commit(len);
+                    run.delivered += len;
+                }
+                Err(why) => self.drops.count(why),
+            }
         }
         if established {
-            sink.established(id);
-            sink.notice(Notice::Confirmed(id));
+            sink.established(run.id);
+            sink.notice(Notice::Confirmed(run.id));
         }
-        // 5 roam and stamp
-        let Some(peer) = self.peers.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
-        if let Some(len) = deliver {
-            peer.traffic.received(len, now);
+    }
+
+    fn not_opened(&self, id: PeerId, via: &Via, why: OpenError, now: Now, sink: &mut impl InboundSink) {
+        self.drops.count(match why {
+            OpenError::BadTag | OpenError::Other => Drop::BadTag,
+            OpenError::Replayed => Drop::Replayed,
+            OpenError::UnknownSession => Drop::UnknownIndex,
+            OpenError::BadInner => Drop::BadInner,
+        });
+        match (why, via) {
+            (OpenError::UnknownSession, Via::Relay { peer }) => sink.notice(Notice::UnknownIndex(*peer)),
+            (OpenError::Replayed, Via::Relay { peer: key }) => {
+                let peer = self.peers.get(id.0 as usize).and_then(Option::as_ref);
+                if let Some(peer) = peer.filter(|p| p.key == *key) {
+                    peer.traffic.copy_came_by_relay(now);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// 6 stamp, roam
+    fn end_run(&mut self, via: &Via, run: Option<Run>, now: Now, sink: &mut impl InboundSink) {
+        let Some(Run { id, delivered, heard: true, .. }) = run else { return };
+        let Some(peer) = self.peer_mut(id) else { return };
+        if delivered > 0 {
+            peer.traffic.received(delivered, now);
             if peer.traffic.needs_watching() {
                 sink.notice(Notice::Active(id));
             }

@@ -1,4 +1,4 @@
-//! From the TUN device to the network. Read top to bottom: parse, route, session, seal, path, queue.
+//! From the TUN device to the network. Read top to bottom: parse, route, session, cut, seal, path, queue.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,13 +8,14 @@ use parking_lot::{ArcMutexGuard, Mutex, RawMutex};
 
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Notice, Path, PeerId, Update};
-use crate::engine::packet::{DATA_OVERHEAD, Destination, MIN_ROOM, OutboundSink};
+use crate::engine::packet::{DATA_OVERHEAD, Destination, FromTun, MIN_ROOM, OutboundSink};
 use crate::engine::routes::Routes;
 use crate::engine::session::tunnel::Tunnel;
 use crate::engine::traffic::Traffic;
 use crate::time::Now;
 use crate::wire::ip;
 use crate::wire::keys::WgKey;
+use crate::wire::offload::{self, BadSuper, Cut};
 
 /// Packets that may wait for one peer's session. As many as WireGuard for Linux stages; the oldest goes first.
 pub const STAGED_PER_PEER: usize = 128;
@@ -60,33 +61,40 @@ impl Outbound {
         Self { routes: Routes::default(), peers: Vec::new(), staged_total: 0, scratch: Vec::new(), drops }
     }
 
-    /// Carries a batch of packets read from the TUN device, in order.
+    /// Carries a batch of what was read from the TUN device, in order.
     pub fn handle_tun<'a>(
         &mut self,
-        packets: impl IntoIterator<Item = &'a [u8]>,
+        packets: impl IntoIterator<Item = FromTun<'a>>,
         now: Now,
         sink: &mut impl OutboundSink,
     ) {
         let mut held: Held = None;
-        for packet in packets {
+        for FromTun { bytes, offload } in packets {
             // 1 parse
-            let Ok(destination) = ip::destination(packet) else {
+            let Ok(destination) = ip::destination(bytes) else {
                 self.drops.count(Drop::BadIp);
                 continue;
             };
-            if packet.len() > MAX_INNER {
-                self.drops.count(Drop::TooBig);
-                continue;
-            }
             // 2 route
             let Some(peer) = self.routes.lookup(destination) else {
                 self.drops.count(Drop::NoRoute);
-                if let Some(error) = ip::unreachable(packet) {
+                if let Some(error) = ip::unreachable(bytes) {
                     sink.to_tun(&error);
                 }
                 continue;
             };
-            self.send(peer, packet, now, &mut held, sink);
+            let packets = if offload.is_super() {
+                offload::cut(&offload, bytes, MAX_INNER).map(Packets::Cut)
+            } else if bytes.len() > MAX_INNER {
+                Err(BadSuper::TooLong)
+            } else {
+                offload::complete(&offload, bytes).map(|()| Packets::One(Some(bytes)))
+            };
+            match packets {
+                Ok(packets) => self.send(peer, packets, now, &mut held, sink),
+                Err(BadSuper::TooLong) => self.drops.count(Drop::TooBig),
+                Err(BadSuper::Kind | BadSuper::Headers | BadSuper::Size) => self.drops.count(Drop::BadSuperpacket),
+            }
         }
     }
 
@@ -154,11 +162,12 @@ impl Outbound {
                 self.drops.count(Drop::NoPath);
                 continue;
             }
-            self.send(id, &packet, now, &mut held, sink);
+            self.send(id, Packets::One(Some(&packet)), now, &mut held, sink);
         }
     }
 
-    fn send(&mut self, id: PeerId, packet: &[u8], now: Now, held: &mut Held, sink: &mut impl OutboundSink) {
+    /// Sends packets that all go to one address, and have one set of headers.
+    fn send(&mut self, id: PeerId, mut packets: Packets<'_>, now: Now, held: &mut Held, sink: &mut impl OutboundSink) {
         let Some(peer) = self.peers.get(id.0 as usize).and_then(Option::as_ref) else {
             self.drops.count(Drop::NoRoute);
             return;
@@ -173,36 +182,28 @@ impl Outbound {
         let ready = |tunnel: &Tunnel| peer.path != Path::None && tunnel.can_send(now);
         let Some((_, tunnel)) = held.as_mut().filter(|(_, tunnel)| ready(tunnel)) else {
             *held = None;
-            return self.stage(id, packet, now, sink);
+            while let Some(packet) = packets.next() {
+                self.stage(id, packet, now, sink);
+            }
+            return;
         };
-        // 4 seal, 5 path, 6 queue
-        match peer.path {
-            Path::None => self.drops.count(Drop::NoPath),
-            Path::Relay => {
-                let to = Destination::Relay { peer: peer.key };
-                seal_into(tunnel, packet, &to, &peer.traffic, &self.drops, now, sink);
-            }
-            Path::Direct { socket, remote } => {
-                let to = Destination::Udp { socket, remote };
-                seal_into(tunnel, packet, &to, &peer.traffic, &self.drops, now, sink);
-            }
-            Path::Both { socket, remote } => {
-                self.scratch.resize(room_for(packet), 0);
-                let Some(len) = tunnel.seal(packet, &mut self.scratch, now) else {
-                    self.drops.count(Drop::NoPath);
-                    return;
-                };
-                peer.traffic.sent(packet.len(), now);
-                for to in [Destination::Relay { peer: peer.key }, Destination::Udp { socket, remote }] {
-                    match sink.room(&to, len) {
-                        Some(room) => {
-                            room[..len].copy_from_slice(&self.scratch[..len]);
-                            sink.commit(len);
-                        }
-                        None => self.drops.count(busy(&to)),
-                    }
+        // 4 cut, 5 seal, 6 path, 7 queue
+        let mut seal = Seal { tunnel, drops: &self.drops, sent: 0, now };
+        while let Some(packet) = packets.next() {
+            match peer.path {
+                Path::None => self.drops.count(Drop::NoPath),
+                Path::Relay => seal.straight(packet, &Destination::Relay { peer: peer.key }, sink),
+                Path::Direct { socket, remote } => {
+                    seal.straight(packet, &Destination::Udp { socket, remote }, sink);
+                }
+                Path::Both { socket, remote } => {
+                    let ways = [Destination::Relay { peer: peer.key }, Destination::Udp { socket, remote }];
+                    seal.both_ways(packet, &ways, &mut self.scratch, sink);
                 }
             }
+        }
+        if seal.sent > 0 {
+            peer.traffic.sent(seal.sent, now);
         }
     }
 
@@ -238,26 +239,63 @@ impl Outbound {
     }
 }
 
-/// Seals `packet` straight into the buffer that will be sent.
-fn seal_into(
-    tunnel: &mut Tunnel,
-    packet: &[u8],
-    to: &Destination,
-    traffic: &Traffic,
-    drops: &Drops,
-    now: Now,
-    sink: &mut impl OutboundSink,
-) {
-    let Some(room) = sink.room(to, room_for(packet)) else {
-        drops.count(busy(to));
-        return;
-    };
-    match tunnel.seal(packet, room, now) {
-        Some(len) => {
-            traffic.sent(packet.len(), now);
-            sink.commit(len);
+/// One packet, or those of a superpacket. Not an iterator: a packet is gone when the next is asked for.
+enum Packets<'a> {
+    One(Option<&'a [u8]>),
+    Cut(Cut<'a>),
+}
+
+impl Packets<'_> {
+    fn next(&mut self) -> Option<&[u8]> {
+        match self {
+            Self::One(packet) => packet.take(),
+            Self::Cut(cut) => cut.next(),
         }
-        None => drops.count(Drop::NoPath),
+    }
+}
+
+/// A run of packets of one peer.
+struct Seal<'a> {
+    tunnel: &'a mut Tunnel,
+    drops: &'a Drops,
+    /// Inner bytes sealed.
+    sent: usize,
+    now: Now,
+}
+
+impl Seal<'_> {
+    /// Seals `packet` straight into the buffer that will be sent.
+    fn straight(&mut self, packet: &[u8], to: &Destination, sink: &mut impl OutboundSink) {
+        let Some(room) = sink.room(to, ip::ecn(packet), room_for(packet)) else {
+            self.drops.count(busy(to));
+            return;
+        };
+        match self.tunnel.seal(packet, room, self.now) {
+            Some(len) => {
+                self.sent += packet.len();
+                sink.commit(len);
+            }
+            None => self.drops.count(Drop::NoPath),
+        }
+    }
+
+    /// Seals `packet` once and queues it twice.
+    fn both_ways(&mut self, packet: &[u8], ways: &[Destination], scratch: &mut Vec<u8>, sink: &mut impl OutboundSink) {
+        scratch.resize(room_for(packet), 0);
+        let Some(len) = self.tunnel.seal(packet, scratch, self.now) else {
+            self.drops.count(Drop::NoPath);
+            return;
+        };
+        self.sent += packet.len();
+        for to in ways {
+            match sink.room(to, ip::ecn(packet), len) {
+                Some(room) => {
+                    room[..len].copy_from_slice(&scratch[..len]);
+                    sink.commit(len);
+                }
+                None => self.drops.count(busy(to)),
+            }
+        }
     }
 }
 

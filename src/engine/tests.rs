@@ -14,16 +14,17 @@ use crate::engine::drops::{Drop, Drops};
 use crate::engine::inbound::Inbound;
 use crate::engine::io::{Command, Event, Input, LocalAddress, Notice, Output, PeerId, SocketId, Update, Via};
 use crate::engine::outbound::Outbound;
-use crate::engine::packet::{Destination, InboundSink, OutboundSink};
+use crate::engine::packet::{Destination, FromTun, InboundSink, OutboundSink};
 use crate::engine::planner::{Config, Limits, Planner};
 use crate::time::Now;
 use crate::trust::founding::{Terms, found, invite_record, member_record, network_id, random_ranges};
 use crate::trust::keys::{NodeKeys, Secret32};
 use crate::trust::record::{SignedRecord, member_ipv6};
-use crate::wire::local::PathKind;
+use crate::wire::local::{PathKind, Status};
+use crate::wire::offload::Offload;
 
-/// A datagram under way: from whom, how, what.
-type Wire = Rc<RefCell<VecDeque<(usize, Via, Vec<u8>)>>>;
+/// A datagram under way: from whom, how, with which ECN field, what.
+type Wire = Rc<RefCell<VecDeque<(usize, Via, u8, Vec<u8>)>>>;
 
 struct Node {
     planner: Planner,
@@ -37,7 +38,7 @@ struct Node {
     events: Vec<Event>,
     flush: Vec<PeerId>,
     room: Vec<u8>,
-    room_for: Option<Destination>,
+    room_for: Option<(Destination, u8)>,
 }
 
 struct Sink<'a> {
@@ -47,22 +48,23 @@ struct Sink<'a> {
     notices: &'a mut VecDeque<Notice>,
     flush: &'a mut Vec<PeerId>,
     room: &'a mut Vec<u8>,
-    room_for: &'a mut Option<Destination>,
+    room_for: &'a mut Option<(Destination, u8)>,
 }
 
 impl OutboundSink for Sink<'_> {
-    fn room(&mut self, to: &Destination, max: usize) -> Option<&mut [u8]> {
+    fn room(&mut self, to: &Destination, ecn: u8, max: usize) -> Option<&mut [u8]> {
         self.room.clear();
         self.room.resize(max, 0);
-        *self.room_for = Some(*to);
+        *self.room_for = Some((*to, ecn));
         Some(self.room)
     }
     fn commit(&mut self, len: usize) {
-        let via = match self.room_for.take().unwrap() {
+        let (to, ecn) = self.room_for.take().unwrap();
+        let via = match to {
             Destination::Udp { socket, remote } => Via::Udp { socket, remote },
             Destination::Relay { peer } => Via::Relay { peer },
         };
-        self.wire.borrow_mut().push_back((self.number, via, self.room[..len].to_vec()));
+        self.wire.borrow_mut().push_back((self.number, via, ecn, self.room[..len].to_vec()));
     }
     fn to_tun(&mut self, packet: &[u8]) {
         self.tun.push(packet.to_vec());
@@ -82,7 +84,7 @@ impl InboundSink for Sink<'_> {
         self.tun.push(self.room[..len].to_vec());
     }
     fn reply(&mut self, via: &Via, bytes: &[u8]) {
-        self.wire.borrow_mut().push_back((self.number, *via, bytes.to_vec()));
+        self.wire.borrow_mut().push_back((self.number, *via, 0, bytes.to_vec()));
     }
     fn notice(&mut self, notice: Notice) {
         self.notices.push_back(notice);
@@ -118,7 +120,7 @@ impl Node {
             }
             while let Some(output) = self.planner.poll_output() {
                 match output {
-                    Output::Send { via, bytes } => self.wire.borrow_mut().push_back((self.number, via, bytes)),
+                    Output::Send { via, bytes } => self.wire.borrow_mut().push_back((self.number, via, 0, bytes)),
                     Output::Update(update) => self.apply(update, now),
                     Output::Event(event) => self.events.push(event),
                     Output::Control(_)
@@ -142,14 +144,18 @@ impl Node {
     }
 
     fn send(&mut self, packet: &[u8], now: Now) {
+        self.send_super(Offload::default(), packet, now);
+    }
+
+    fn send_super(&mut self, offload: Offload, packet: &[u8], now: Now) {
         let (outbound, mut sink) = (&mut self.outbound, sink!(self));
-        outbound.handle_tun([packet], now, &mut sink);
+        outbound.handle_tun([FromTun { bytes: &mut packet.to_vec(), offload }], now, &mut sink);
         self.settle(now);
     }
 
-    fn receive(&mut self, via: &Via, bytes: &[u8], now: Now) {
+    fn receive(&mut self, via: &Via, ecn: u8, bytes: &[u8], now: Now) {
         let (inbound, mut sink) = (&mut self.inbound, sink!(self));
-        inbound.handle_datagram(via, bytes, now, &mut sink);
+        inbound.handle_train(via, ecn, [bytes], now, &mut sink);
         for peer in std::mem::take(&mut self.flush) {
             let (outbound, mut sink) = (&mut self.outbound, sink!(self));
             outbound.flush(peer, now, &mut sink);
@@ -164,6 +170,8 @@ struct Pair {
     now: Now,
     /// Drops everything sent by UDP.
     udp_blocked: bool,
+    /// Marks everything sent by UDP as having met congestion.
+    congested: bool,
 }
 
 impl Pair {
@@ -227,7 +235,7 @@ impl Pair {
                 node
             })
             .collect();
-        Self { nodes, wire, now: Now::ZERO, udp_blocked: false }
+        Self { nodes, wire, now: Now::ZERO, udp_blocked: false, congested: false }
     }
 
     /// Delivers what is under way (a millisecond each hop) and fires timers until `until`.
@@ -235,7 +243,7 @@ impl Pair {
         while self.now < until {
             let under_way: Vec<_> = self.wire.borrow_mut().drain(..).collect();
             self.now = self.now + Duration::from_millis(1);
-            for (from, via, bytes) in under_way {
+            for (from, via, ecn, bytes) in under_way {
                 let to = 1 - from;
                 let arrives = match via {
                     Via::Udp { socket, remote } if !self.udp_blocked && remote == self.nodes[to].address() => {
@@ -244,7 +252,8 @@ impl Pair {
                     Via::Udp { .. } => continue,
                     Via::Relay { .. } => Via::Relay { peer: self.nodes[from].planner.me().wg },
                 };
-                self.nodes[to].receive(&arrives, &bytes, self.now);
+                let congested = self.congested && matches!(via, Via::Udp { .. });
+                self.nodes[to].receive(&arrives, if congested { 3 } else { ecn }, &bytes, self.now);
             }
             for node in &mut self.nodes {
                 if node.planner.poll_timeout().is_some_and(|(at, _)| at <= self.now) {
@@ -263,13 +272,17 @@ impl Pair {
     }
 
     fn path(&self, node: usize) -> PathKind {
+        self.status(node).peers[0].path.kind
+    }
+
+    fn status(&self, node: usize) -> Status {
         let shell = crate::engine::planner::ShellStatus {
             state: "running".into(),
             coordinator_url: "https://c".into(),
             interface: "mesh0".into(),
             health: Vec::new(),
         };
-        self.nodes[node].planner.status(shell, self.now).peers[0].path.kind
+        self.nodes[node].planner.status(shell, self.now)
     }
 }
 
@@ -285,7 +298,7 @@ fn the_first_packet_arrives_through_the_relay_and_the_path_becomes_direct() {
     // The second packet goes directly: the relay sees nothing of it.
     let now = pair.now;
     pair.nodes[0].send(&packet, now);
-    let sent: Vec<Via> = pair.wire.borrow().iter().map(|(_, via, _)| *via).collect();
+    let sent: Vec<Via> = pair.wire.borrow().iter().map(|(_, via, ..)| *via).collect();
     assert!(sent.iter().all(|via| matches!(via, Via::Udp { .. })), "{sent:?}");
     pair.run(now + Duration::from_millis(5));
     assert_eq!(pair.nodes[1].tun.len(), 2);
@@ -405,8 +418,8 @@ fn an_answer_that_nobody_asked_for_changes_nothing() {
     let bytes = crate::wire::stun::binding_request(&crate::wire::stun::TransactionId([9; 12]), Default::default());
     let mut response = bytes.clone();
     response[0] = 1;
-    pair.nodes[0].receive(&via, &response, Now::ZERO);
-    pair.nodes[0].receive(&via, &bytes, Now::ZERO);
+    pair.nodes[0].receive(&via, 0, &response, Now::ZERO);
+    pair.nodes[0].receive(&via, 0, &bytes, Now::ZERO);
     assert_eq!(pair.nodes[0].drops.get(Drop::UnexpectedStun), 2);
     assert!(pair.wire.borrow().is_empty());
 }
@@ -418,16 +431,136 @@ fn outbound_stages_a_bounded_number_and_drops_the_oldest() {
     let node = &mut pair.nodes[0];
     for _ in 0..200 {
         let (outbound, mut sink) = (&mut node.outbound, sink!(node));
-        outbound.handle_tun([&packet[..]], Now::ZERO, &mut sink);
+        outbound.handle_tun([FromTun::whole(&mut packet.clone())], Now::ZERO, &mut sink);
     }
     assert_eq!(node.drops.get(Drop::StagedOverflow), 200 - crate::engine::outbound::STAGED_PER_PEER as u64);
-    let to_nobody = {
+    let mut to_nobody = {
         let mut p = packet.clone();
         p[16..20].copy_from_slice(&[8, 8, 8, 8]);
         p
     };
     let (outbound, mut sink) = (&mut node.outbound, sink!(node));
-    outbound.handle_tun([&to_nobody[..], &[0x45, 0][..]], Now::ZERO, &mut sink);
+    let mut malformed = [0x45, 0];
+    let packets = [FromTun::whole(&mut to_nobody), FromTun::whole(&mut malformed)];
+    outbound.handle_tun(packets, Now::ZERO, &mut sink);
     assert_eq!((node.drops.get(Drop::NoRoute), node.drops.get(Drop::BadIp)), (1, 1));
     assert_eq!(node.tun.len(), 1, "an ICMP error tells the application");
+}
+
+/// A TCP packet as the kernel hands it over: as many bytes as `payload`, to be cut to `size`.
+fn superpacket(pair: &Pair, payload: &[u8], size: u16) -> (Offload, Vec<u8>) {
+    let ip = |n: usize| pair.nodes[n].planner.me().ipv4.octets();
+    let mut packet = Vec::new();
+    let builder = etherparse::PacketBuilder::ipv4(ip(0), ip(1), 64).tcp(1, 2, 3, 4).ack(5);
+    builder.write(&mut packet, payload).unwrap();
+    // The sum over the pseudo header alone, RFC 9293 section 3.1.
+    let length = u16::try_from(packet.len() - 20).unwrap().to_be_bytes();
+    let pseudo = [&packet[12..20], &[0, 6], &length].concat();
+    let sum: u32 = pseudo.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    let sum = u16::try_from((sum & 0xFFFF) + (sum >> 16)).unwrap();
+    packet[36..38].copy_from_slice(&sum.to_be_bytes());
+    let size = size.to_ne_bytes();
+    // Checksum needed; TCP over IPv4; 40 bytes of headers; sizes; the checksum is 16 bytes into what begins at 20.
+    let [twenty, sixteen] = [20u16, 16].map(u16::to_ne_bytes);
+    let header = [1, 1, 40, 0, size[0], size[1], twenty[0], twenty[1], sixteen[0], sixteen[1]];
+    (Offload::decode(&header), packet)
+}
+
+#[test]
+fn a_superpacket_arrives_as_whole_packets_with_and_without_a_session() {
+    let mut pair = Pair::new();
+    let payload: Vec<u8> = (0..3000u32).map(|n| (n % 251) as u8).collect();
+    let (offload, packet) = superpacket(&pair, &payload, 1000);
+    // The first is staged, the second sealed straight.
+    for expected in [3, 6] {
+        let now = pair.now;
+        pair.nodes[0].send_super(offload, &packet, now);
+        pair.run(now + Duration::from_millis(20));
+        assert_eq!(pair.nodes[1].tun.len(), expected);
+    }
+    let mut got = Vec::new();
+    for (n, packet) in pair.nodes[1].tun[3..].iter().enumerate() {
+        let sliced = etherparse::SlicedPacket::from_ip(packet).unwrap();
+        let (Some(etherparse::NetSlice::Ipv4(ip)), Some(etherparse::TransportSlice::Tcp(tcp))) =
+            (sliced.net, sliced.transport)
+        else {
+            panic!("{packet:?}")
+        };
+        assert_eq!(tcp.sequence_number(), 3 + 1000 * u32::try_from(n).unwrap());
+        let checksum = tcp.to_header().calc_checksum_ipv4(&ip.header().to_header(), tcp.payload()).unwrap();
+        assert_eq!(tcp.checksum(), checksum);
+        got.extend_from_slice(tcp.payload());
+    }
+    assert_eq!(got, payload);
+    let counted = |node: usize| {
+        let peer = pair.status(node).peers.remove(0);
+        (peer.tx_bytes, peer.rx_bytes)
+    };
+    assert_eq!((counted(0), counted(1)), ((2 * (3000 + 3 * 40), 0), (0, 2 * (3000 + 3 * 40))));
+}
+
+#[test]
+fn malformed_and_oversized_superpackets_are_dropped_by_name() {
+    let mut pair = Pair::new();
+    let (offload, packet) = superpacket(&pair, &[1; 3000], 1000);
+    pair.nodes[0].send_super(offload, &packet, Now::ZERO);
+    pair.run(Now::from_millis(20));
+    let mut kind = offload.encode();
+    kind[1] = 3;
+    let (no_size, _) = superpacket(&pair, &[1; 3000], 0);
+    for malformed in [Offload::decode(&kind), no_size] {
+        let now = pair.now;
+        pair.nodes[0].send_super(malformed, &packet, now);
+    }
+    assert_eq!(pair.nodes[0].drops.get(Drop::BadSuperpacket), 2);
+    let mut outside = offload.encode();
+    (outside[1], outside[6]) = (0, 255);
+    let (now, whole) = (pair.now, pair.packet(0, 1));
+    pair.nodes[0].send_super(Offload::decode(&outside), &whole, now);
+    assert_eq!(pair.nodes[0].drops.get(Drop::BadSuperpacket), 3);
+    pair.nodes[0].send_super(offload, &whole[..20], now);
+    assert_eq!(pair.nodes[0].drops.get(Drop::BadIp), 1);
+    pair.run(now + Duration::from_millis(20));
+    assert_eq!(pair.nodes[1].tun.len(), 3);
+}
+
+/// RFC 6040: copied to the outer header on the way in, combined on the way out; the DSCP stays inside.
+#[test]
+fn congestion_marks_go_through_the_tunnel_both_ways() {
+    let mut pair = Pair::new();
+    let plain = pair.packet(0, 1);
+    pair.nodes[0].send(&plain, Now::ZERO);
+    pair.run(Now::from_millis(600));
+    assert_eq!(pair.path(0), PathKind::Direct);
+    let marked = |ecn: u8| {
+        let mut header = etherparse::Ipv4Header::from_slice(&plain).unwrap().0;
+        header.ecn = etherparse::IpEcn::try_new(ecn).unwrap();
+        header.dscp = etherparse::IpDscp::try_new(46).unwrap();
+        let mut packet = Vec::new();
+        header.header_checksum = header.calc_header_checksum();
+        header.write(&mut packet).unwrap();
+        packet.extend(&plain[20..]);
+        packet
+    };
+    for (congested, ecn, expected) in [
+        (false, 0, Some(0)),
+        (false, 2, Some(2)),
+        (false, 3, Some(3)),
+        (true, 1, Some(3)),
+        (true, 2, Some(3)),
+        (true, 0, None),
+    ] {
+        pair.congested = congested;
+        pair.nodes[1].tun.clear();
+        let now = pair.now;
+        pair.nodes[0].send(&marked(ecn), now);
+        assert_eq!(pair.wire.borrow().back().map(|(_, _, outer, _)| *outer), Some(ecn));
+        pair.run(now + Duration::from_millis(5));
+        let got: Vec<_> = pair.nodes[1].tun.iter().map(|packet| packet[1]).collect();
+        assert_eq!(got, expected.map(|ecn| 46 << 2 | ecn).into_iter().collect::<Vec<_>>());
+        if let Some(ecn) = expected {
+            assert_eq!(pair.nodes[1].tun, [marked(ecn)]);
+        }
+    }
+    assert_eq!(pair.nodes[1].drops.get(Drop::Congested), 1);
 }

@@ -14,6 +14,8 @@ use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, 
 use rtnetlink::{Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder};
 
 use crate::engine::io::LocalAddress;
+use crate::engine::packet::DATA_OVERHEAD;
+use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS};
 
 /// Changes closer together than this are reported once.
 const DEBOUNCE: Duration = Duration::from_millis(300);
@@ -125,6 +127,13 @@ impl Netlink {
         // By netlink, because the older ioctl is refused to the root of a user namespace.
         let up = LinkUnspec::new_with_index(index).mtu(mtu).txqueuelen(QUEUE_LENGTH).up().build();
         self.handle.link().set(up).execute().await.map_err(named)?;
+        // A superpacket that leaves as one train rather than as one and a rest. Only a matter of speed: older kernels
+        // do not let it be set.
+        let packets = (MAX_BYTES / (mtu as usize + DATA_OVERHEAD)).clamp(1, MAX_DATAGRAMS);
+        let limit = LinkUnspec::new_with_index(index)
+            .append_extra_attribute(LinkAttribute::GsoMaxSegs(u32::try_from(packets).unwrap_or(1)))
+            .build();
+        let _ = self.handle.link().set(limit).execute().await;
         let mut note = None;
         for net in addresses {
             let added = self.handle.address().add(index, net.addr(), net.prefix_len()).replace().execute().await;

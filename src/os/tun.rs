@@ -2,8 +2,11 @@
 //!
 //! tun-rs makes the device; addresses are set by [`crate::os::netlink`]. The device belongs to the process: when its
 //! descriptor closes, however the process ends, the interface and its addresses and routes are gone.
+//!
+//! With offload (`IFF_VNET_HDR`) every packet has ten bytes in front, and one may stand for many: [`crate::wire::offload`].
 
-use std::io;
+use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
@@ -11,10 +14,12 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::net::if_::if_nametoindex;
+use nix::sys::uio::writev;
+use nix::unistd::read;
 use tun_rs::{DeviceBuilder, SyncDevice};
 
-use crate::os::batch::Batch;
 use crate::os::clock;
+use crate::wire::offload::{HEADER, MAX_PACKETS, MAX_SUPERPACKET, Offload, Pieces};
 
 /// Where the kernel offers TUN devices.
 const DEVICE_NODE: &str = "/dev/net/tun";
@@ -25,16 +30,37 @@ const MAX_NAME: usize = 15;
 /// How long a name may still be held by a daemon that is ending.
 const NAME_PATIENCE: Duration = Duration::from_millis(1_500);
 
+/// Packets of one turn.
+const PACKETS: usize = 64;
+/// What one read may bring.
+const ROOM: usize = HEADER + MAX_SUPERPACKET;
+/// Memory for the packets of one turn: a full superpacket after many small ones, or after another.
+const MEMORY: usize = 3 * ROOM;
+
 /// An open TUN device, without addresses and down until [`crate::os::netlink::Netlink::bring_up`].
 pub struct Tun {
     device: SyncDevice,
     name: String,
     index: u32,
+    offload: Offloads,
+}
+
+/// What the device takes and gives in one piece.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Offloads {
+    /// TCP; and the header in front of every packet.
+    pub tcp: bool,
+    /// UDP: Linux 6.2.
+    pub udp: bool,
 }
 
 impl std::fmt::Debug for Tun {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Tun").field("name", &self.name).field("index", &self.index).finish_non_exhaustive()
+        f.debug_struct("Tun")
+            .field("name", &self.name)
+            .field("index", &self.index)
+            .field("offload", &self.offload)
+            .finish_non_exhaustive()
     }
 }
 
@@ -91,11 +117,11 @@ impl TunError {
 }
 
 impl Tun {
-    /// Makes the device: with this name, or the first free of `mesh0`, `mesh1`, …
+    /// Makes the device: with this name, or the first free of `mesh0`, `mesh1`, …; with `offload`, if the kernel can.
     ///
     /// # Errors
     /// [`TunError`]. With a name, waits a moment for a daemon that is just giving it up.
-    pub fn create(name: Option<&str>) -> Result<Self, TunError> {
+    pub fn create(name: Option<&str>, offload: bool) -> Result<Self, TunError> {
         if !Path::new(DEVICE_NODE).exists() {
             // Looked at first, because tun-rs would make the device node.
             return Err(TunError::NoDevice);
@@ -104,7 +130,7 @@ impl Tun {
             check_name(name)?;
             let deadline = clock::now() + NAME_PATIENCE;
             loop {
-                match Self::create_named(name) {
+                match Self::create_named(name, offload) {
                     Err(TunError::NameTaken(_)) if clock::now() < deadline => pause(),
                     done => return done,
                 }
@@ -112,7 +138,7 @@ impl Tun {
         }
         let mut last = TunError::NameTaken("mesh0".into());
         for n in 0..NAMES {
-            match Self::create_named(&format!("mesh{n}")) {
+            match Self::create_named(&format!("mesh{n}"), offload) {
                 Err(taken @ TunError::NameTaken(_)) => last = taken,
                 done => return done,
             }
@@ -120,7 +146,7 @@ impl Tun {
         Err(last)
     }
 
-    fn create_named(name: &str) -> Result<Self, TunError> {
+    fn create_named(name: &str, offload: bool) -> Result<Self, TunError> {
         // An existing persistent device would be attached to, with whatever addresses it has.
         if if_nametoindex(name).is_ok() {
             return Err(TunError::NameTaken(name.into()));
@@ -132,12 +158,26 @@ impl Tun {
             Some(Errno::EBUSY | Errno::EEXIST) => TunError::NameTaken(name.into()),
             _ => TunError::Io(e),
         };
-        let device = DeviceBuilder::new().name(name).inherit_enable_state().build_sync().map_err(named)?;
+        let build = |offload: bool| {
+            let more = |more: &mut tun_rs::DeviceBuilderGuard<'_>| {
+                more.offload(offload);
+            };
+            DeviceBuilder::new().name(name).inherit_enable_state().with(more).build_sync()
+        };
+        let device = match build(offload) {
+            Err(e) if offload && e.raw_os_error() == Some(Errno::EINVAL as i32) => {
+                tracing::info!("this kernel's TUN devices know no offload");
+                build(false)
+            }
+            made => made,
+        };
+        let device = device.map_err(named)?;
+        let offload = Offloads { tcp: device.tcp_gso(), udp: device.udp_gso() };
         let flags = fcntl(&device, FcntlArg::F_GETFL).map_err(io::Error::from)?;
         let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
         fcntl(&device, FcntlArg::F_SETFL(flags)).map_err(io::Error::from)?;
         let index = if_nametoindex(name).map_err(io::Error::from)?;
-        Ok(Self { device, name: name.into(), index })
+        Ok(Self { device, name: name.into(), index, offload })
     }
 
     /// The interface's name.
@@ -152,37 +192,105 @@ impl Tun {
         self.index
     }
 
-    /// Takes what the kernel has for the mesh, until `batch` is full or nothing is left.
+    /// What the device takes and gives in one piece.
+    #[must_use]
+    pub const fn offload(&self) -> Offloads {
+        self.offload
+    }
+
+    /// Takes what the kernel has for the mesh, as far as there is room, in the place of what `batch` held.
     ///
     /// # Errors
     /// The device is gone for good.
-    pub fn recv_batch(&self, batch: &mut Batch<()>) -> io::Result<()> {
-        while let Some(slot) = batch.slot() {
-            match self.device.recv(slot) {
-                Ok(len) => batch.push(len, ()),
-                Err(e) => match e.raw_os_error().map(Errno::from_raw) {
-                    Some(Errno::EAGAIN) => return Ok(()),
-                    Some(Errno::EINTR) => {}
-                    // The interface was set down by somebody; it may come up again.
-                    Some(Errno::EIO) => return Ok(()),
-                    _ => return Err(e),
-                },
+    pub fn receive(&self, batch: &mut FromKernel) -> io::Result<()> {
+        batch.packets.clear();
+        let mut at = 0;
+        while let Some(room) = batch.bytes.get_mut(at..at + ROOM).filter(|_| batch.packets.len() < PACKETS) {
+            match read(&self.device, room) {
+                Ok(len) => {
+                    batch.keep(at, len, self.offload.tcp);
+                    // Headers are read and written as numbers: let each begin at an even place.
+                    at += len.next_multiple_of(8);
+                }
+                // EIO: the interface was set down by somebody; it may come up again.
+                Err(Errno::EAGAIN | Errno::EIO) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
             }
         }
         Ok(())
     }
 
-    /// Gives one packet to the kernel.
+    /// Gives a packet, or a superpacket, to the kernel: the `pieces` of `memory`, put together.
     ///
     /// # Errors
     /// The kernel refused it (malformed, or the interface is down).
-    pub fn send(&self, packet: &[u8]) -> io::Result<()> {
+    pub fn send(&self, offload: &Offload, memory: &[u8], pieces: Pieces<'_>) -> io::Result<()> {
+        let header = offload.encode();
+        let mut slices = [IoSlice::new(&[]); 1 + MAX_PACKETS];
+        let mut used = 0;
+        if self.offload.tcp {
+            slices[0] = IoSlice::new(&header);
+            used = 1;
+        }
+        for piece in pieces {
+            let (Some(slice), Some(bytes)) = (slices.get_mut(used), memory.get(piece)) else {
+                return Err(Errno::EINVAL.into());
+            };
+            *slice = IoSlice::new(bytes);
+            used += 1;
+        }
         loop {
-            match self.device.send(packet) {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                sent => return sent.map(|_| ()),
+            match writev(&self.device, &slices[..used]) {
+                Err(Errno::EINTR) => {}
+                written => return written.map(drop).map_err(io::Error::from),
             }
         }
+    }
+}
+
+/// What the kernel had for the mesh in one turn.
+#[derive(Debug)]
+pub struct FromKernel {
+    bytes: Box<[u8]>,
+    packets: Vec<(Range<usize>, Offload)>,
+}
+
+impl Default for FromKernel {
+    fn default() -> Self {
+        Self { bytes: vec![0; MEMORY].into_boxed_slice(), packets: Vec::with_capacity(PACKETS) }
+    }
+}
+
+impl FromKernel {
+    fn keep(&mut self, at: usize, len: usize, with_header: bool) {
+        let header = self.bytes.get(at..at + len).and_then(|packet| packet.first_chunk::<HEADER>());
+        match header {
+            Some(header) if with_header => {
+                self.packets.push((at + HEADER..at + len, Offload::decode(header)));
+            }
+            // The kernel writes the header or nothing.
+            None if with_header => {}
+            _ => self.packets.push((at..at + len, Offload::default())),
+        }
+    }
+
+    /// The packets in order. They may be changed in place.
+    pub fn packets(&mut self) -> impl Iterator<Item = (&mut [u8], Offload)> {
+        let mut rest = &mut self.bytes[..];
+        let mut passed = 0;
+        self.packets.iter().map(move |(place, offload)| {
+            let (_, from) = std::mem::take(&mut rest).split_at_mut(place.start - passed);
+            let (packet, after) = from.split_at_mut(place.len());
+            (rest, passed) = (after, place.end);
+            (packet, *offload)
+        })
+    }
+
+    /// Nothing came.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.packets.is_empty()
     }
 }
 
@@ -212,7 +320,7 @@ mod tests {
     #[test]
     fn impossible_names_are_refused_before_anything_is_made() {
         for bad in ["", "a/b", "sixteen-letters-", "mesh 0", "..", "é"] {
-            assert!(matches!(Tun::create(Some(bad)), Err(TunError::BadName(_) | TunError::NoDevice)), "{bad:?}");
+            assert!(matches!(Tun::create(Some(bad), true), Err(TunError::BadName(_) | TunError::NoDevice)), "{bad:?}");
         }
         assert!(check_name("mesh0").is_ok());
     }
@@ -233,7 +341,7 @@ mod tests {
     #[test]
     fn the_loopback_name_is_taken() {
         if Path::new(DEVICE_NODE).exists() {
-            assert!(matches!(Tun::create_named("lo"), Err(TunError::NameTaken(_))));
+            assert!(matches!(Tun::create_named("lo", true), Err(TunError::NameTaken(_))));
         } else {
             eprintln!("SKIPPED: no {DEVICE_NODE} here");
         }

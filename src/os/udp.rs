@@ -1,9 +1,10 @@
 //! The node's UDP sockets: one for each address family, on the same port.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -11,16 +12,23 @@ use rand::{Rng, RngExt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::engine::io::SocketId;
-use crate::os::batch::Batch;
+use crate::os::train::{self, Receiver};
+use crate::time::Now;
 
 /// Ports to draw from when none is asked for: above the well-known, below the usual ephemeral range's end.
 pub const PORTS: Range<u16> = 20_000..60_000;
 /// Ports tried before giving up.
 const PORT_TRIES: usize = 64;
-/// Bytes asked for in each kernel buffer (`research`: 7 to 8 MB where the kernel allows).
+/// Bytes asked for in each kernel buffer: what one round trip of 10 Gbit/s over 6 ms holds.
 const BUFFER: usize = 7 << 20;
 /// How long one datagram may wait for room in the kernel's send buffer.
 const SEND_PATIENCE_MS: u16 = 5;
+/// A way that refused a train is sent single datagrams for so long: drivers and routes change.
+const REFUSED_FOR: Duration = Duration::from_secs(600);
+/// Ways that are remembered to refuse trains.
+const REFUSALS: usize = 64;
+/// Pieces of memory that one train may be put together from.
+pub const PIECES: usize = train::MAX_DATAGRAMS;
 
 /// Both sockets. The IPv6 one is missing on a machine without IPv6.
 #[derive(Debug)]
@@ -28,6 +36,7 @@ pub struct UdpSockets {
     v4: UdpSocket,
     v6: Option<UdpSocket>,
     port: u16,
+    trains: bool,
     without_v6: Option<io::Error>,
 }
 
@@ -84,13 +93,14 @@ impl SendError {
 }
 
 impl UdpSockets {
-    /// Opens the sockets on `port`, or with 0 on `kept` if it is free, or else on a random port of [`PORTS`].
+    /// Opens the sockets on `port`, or with 0 on `kept` if it is free, or else on a random port of [`PORTS`]. With `trains`
+    /// false every datagram is sent and received alone.
     ///
     /// # Errors
     /// [`BindError`]. A machine without IPv6 is not an error, see [`UdpSockets::without_v6`].
-    pub fn bind(port: u16, kept: Option<u16>, rng: &mut impl Rng) -> Result<Self, BindError> {
+    pub fn bind(port: u16, kept: Option<u16>, trains: bool, rng: &mut impl Rng) -> Result<Self, BindError> {
         if port != 0 {
-            return Self::bind_both(port).map_err(|e| match e.kind() {
+            return Self::bind_both(port, trains).map_err(|e| match e.kind() {
                 io::ErrorKind::AddrInUse => BindError::PortTaken(port),
                 io::ErrorKind::PermissionDenied => BindError::Forbidden(port),
                 _ => BindError::Io(e),
@@ -98,7 +108,7 @@ impl UdpSockets {
         }
         let tries = std::iter::repeat_with(|| rng.random_range(PORTS)).take(PORT_TRIES);
         for port in kept.filter(|p| *p != 0).into_iter().chain(tries) {
-            match Self::bind_both(port) {
+            match Self::bind_both(port, trains) {
                 Ok(sockets) => return Ok(sockets),
                 Err(e) if matches!(e.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied) => {}
                 Err(e) => return Err(BindError::Io(e)),
@@ -107,12 +117,12 @@ impl UdpSockets {
         Err(BindError::NoneFree)
     }
 
-    fn bind_both(port: u16) -> io::Result<Self> {
-        let v4 = open(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port).into())?;
+    fn bind_both(port: u16, trains: bool) -> io::Result<Self> {
+        let v4 = open_for_data(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port).into(), trains)?;
         let port = v4.local_addr()?.port();
-        match open(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0).into()) {
-            Ok(v6) => Ok(Self { v4, v6: Some(v6), port, without_v6: None }),
-            Err(e) if no_such_family(&e) => Ok(Self { v4, v6: None, port, without_v6: Some(e) }),
+        match open_for_data(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0).into(), trains) {
+            Ok(v6) => Ok(Self { v4, v6: Some(v6), port, trains, without_v6: None }),
+            Err(e) if no_such_family(&e) => Ok(Self { v4, v6: None, port, trains, without_v6: Some(e) }),
             Err(e) => Err(e),
         }
     }
@@ -139,24 +149,10 @@ impl UdpSockets {
         if socket == SocketId::V4 { Some(&self.v4) } else { self.v6.as_ref() }
     }
 
-    /// Receives what is there into the free slots of `batch`, until it is full or nothing is left. Errors that other
-    /// hosts can cause (ICMP) are passed over.
-    pub fn recv_batch(&self, socket: SocketId, batch: &mut Batch<SocketAddr>) {
-        let Some(udp) = self.get(socket) else { return };
-        // An error queued by ICMP is taken off by the call that reports it; more than this many in a row can wait.
-        let mut errors_left = 16;
-        while let Some(slot) = batch.slot() {
-            match udp.recv_from(slot) {
-                Ok((len, from)) => batch.push(len, canonical(from)),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) => {
-                    tracing::trace!(error = %e, "receive error passed over");
-                    errors_left -= 1;
-                    if errors_left == 0 {
-                        return;
-                    }
-                }
-            }
+    /// Receives what is there in one call, in the place of what `into` held.
+    pub fn receive(&self, socket: SocketId, into: &mut Receiver) {
+        if let Some(udp) = self.get(socket) {
+            into.receive(udp.as_fd());
         }
     }
 
@@ -165,21 +161,117 @@ impl UdpSockets {
     /// # Errors
     /// [`SendError`]; the socket stays usable.
     pub fn send(&self, socket: SocketId, remote: &SocketAddr, bytes: &[u8]) -> Result<(), SendError> {
-        let udp = self.get(socket).ok_or(SendError::Unreachable)?;
+        self.send_marked(socket, remote, 0, &[IoSlice::new(bytes)], None).map_err(SendError::of)
+    }
+
+    fn send_marked(
+        &self,
+        socket: SocketId,
+        remote: &SocketAddr,
+        ecn: u8,
+        pieces: &[IoSlice<'_>],
+        size: Option<u16>,
+    ) -> Result<(), Errno> {
+        let udp = self.get(socket).ok_or(Errno::EAFNOSUPPORT)?;
         let mut patience = true;
         loop {
-            let Err(error) = udp.send_to(bytes, remote) else { return Ok(()) };
-            match error.raw_os_error().map(Errno::from_raw) {
-                Some(Errno::EINTR) => {}
-                Some(Errno::EAGAIN | Errno::ENOBUFS) if patience => {
+            match train::send(udp.as_fd(), remote, ecn, pieces, size) {
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN | Errno::ENOBUFS) if patience => {
                     patience = false;
                     let mut wait = [PollFd::new(udp.as_fd(), PollFlags::POLLOUT)];
                     // Whatever it says, the send is tried once more.
                     let _ = poll(&mut wait, PollTimeout::from(SEND_PATIENCE_MS));
                 }
-                errno => return Err(errno.map_or(SendError::Refused(0), SendError::of)),
+                done => return done,
             }
         }
+    }
+}
+
+/// Datagrams to one address with one ECN field, all of one size but for the last, which may be shorter.
+#[derive(Debug)]
+pub struct Outgoing<'a> {
+    /// From which socket.
+    pub socket: SocketId,
+    /// To whom.
+    pub remote: SocketAddr,
+    /// RFC 3168 section 5.
+    pub ecn: u8,
+    /// Bytes of each datagram.
+    pub size: usize,
+    /// The datagrams; every piece but the last holds whole ones. More than [`PIECES`] go one by one.
+    pub pieces: &'a [&'a [u8]],
+}
+
+/// What became of the datagrams of an [`Outgoing`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sent {
+    /// Datagrams that the kernel took.
+    pub sent: usize,
+    /// Datagrams that it did not, and why the last of them.
+    pub failed: usize,
+    /// See `failed`.
+    pub error: Option<SendError>,
+    /// They went as one.
+    pub as_train: bool,
+}
+
+/// Sends trains, and remembers which ways refuse them: some drivers cannot, and some kernels do not know how.
+#[derive(Debug, Default)]
+pub struct Sender {
+    refused: Vec<(SocketAddr, Now)>,
+}
+
+impl Sender {
+    /// Sends; waits a few milliseconds at most for room in the kernel's buffer, once for a train or a datagram.
+    pub fn send(&mut self, sockets: &UdpSockets, what: &Outgoing<'_>, now: Now) -> Sent {
+        let bytes: usize = what.pieces.iter().map(|piece| piece.len()).sum();
+        let count = bytes.div_ceil(what.size.max(1));
+        if sockets.trains && count > 1 && what.pieces.len() <= PIECES && self.takes_trains(&what.remote, now) {
+            let mut slices = [IoSlice::new(&[]); PIECES];
+            for (slice, piece) in slices.iter_mut().zip(what.pieces) {
+                *slice = IoSlice::new(piece);
+            }
+            let pieces = &slices[..what.pieces.len()];
+            let size = u16::try_from(what.size).ok();
+            match sockets.send_marked(what.socket, &what.remote, what.ecn, pieces, size) {
+                Ok(()) => return Sent { sent: count, as_train: true, ..Sent::default() },
+                // EIO: the device cannot do it. EINVAL: the kernel cannot. EMSGSIZE: these datagrams would have to be
+                // fragmented, which trains are not.
+                Err(errno @ (Errno::EIO | Errno::EINVAL | Errno::EMSGSIZE | Errno::EOPNOTSUPP)) => {
+                    tracing::debug!(%errno, "a train was refused, datagrams go one by one");
+                    self.refuse(what.remote, now);
+                }
+                Err(errno) => return Sent { failed: count, error: Some(SendError::of(errno)), ..Sent::default() },
+            }
+        }
+        let mut result = Sent::default();
+        for datagram in what.pieces.iter().flat_map(|piece| piece.chunks(what.size.max(1))) {
+            match sockets.send_marked(what.socket, &what.remote, what.ecn, &[IoSlice::new(datagram)], None) {
+                Ok(()) => result.sent += 1,
+                Err(errno) => {
+                    result.failed += 1;
+                    result.error = Some(SendError::of(errno));
+                }
+            }
+        }
+        result
+    }
+
+    fn takes_trains(&mut self, remote: &SocketAddr, now: Now) -> bool {
+        if self.refused.is_empty() {
+            return true;
+        }
+        self.refused.retain(|(_, at)| now.since(*at) < REFUSED_FOR);
+        !self.refused.iter().any(|(refused, _)| refused == remote)
+    }
+
+    fn refuse(&mut self, remote: SocketAddr, now: Now) {
+        if self.refused.len() == REFUSALS {
+            self.refused.remove(0);
+        }
+        self.refused.push((remote, now));
     }
 }
 
@@ -189,20 +281,28 @@ impl UdpSockets {
 /// The address family is missing, or no descriptor is left.
 pub fn scratch(v6: bool) -> io::Result<UdpSocket> {
     if v6 {
-        open(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0).into())
+        open(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, 0, 0, 0).into()).map(UdpSocket::from)
     } else {
-        open(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0).into())
+        open(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0).into()).map(UdpSocket::from)
     }
 }
 
-fn open(local: SocketAddr) -> io::Result<UdpSocket> {
+fn open_for_data(local: SocketAddr, trains: bool) -> io::Result<UdpSocket> {
+    let socket = open(local)?;
+    let trains = train::enable(&socket, trains, local.is_ipv6());
+    let (receive, send) = train::buffers(&socket)?;
+    tracing::info!(address = %local, receive, send, trains, "UDP socket open; bytes of the kernel's buffers as granted");
+    Ok(socket.into())
+}
+
+fn open(local: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(local), Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
     if local.is_ipv6() {
         socket.set_only_v6(true)?;
     }
     enlarge_buffers(&socket);
     socket.bind(&local.into())?;
-    Ok(socket.into())
+    Ok(socket)
 }
 
 /// A larger buffer survives a longer pause of the data thread. Best effort: the plain option is capped by the system's
@@ -221,23 +321,12 @@ fn no_such_family(e: &io::Error) -> bool {
     matches!(e.raw_os_error().map(Errno::from_raw), Some(Errno::EAFNOSUPPORT | Errno::EADDRNOTAVAIL))
 }
 
-/// The address without flow information, and with a scope only where it means something (link-local).
-fn canonical(address: SocketAddr) -> SocketAddr {
-    match address {
-        SocketAddr::V6(a) => {
-            let scope = if a.ip().is_unicast_link_local() { a.scope_id() } else { 0 };
-            SocketAddrV6::new(*a.ip(), a.port(), 0, scope).into()
-        }
-        SocketAddr::V4(_) => address,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn sockets() -> UdpSockets {
-        UdpSockets::bind(0, None, &mut rand::rng()).unwrap()
+        UdpSockets::bind(0, None, true, &mut rand::rng()).unwrap()
     }
 
     fn wait_readable(sockets: &UdpSockets, socket: SocketId) {
@@ -256,25 +345,25 @@ mod tests {
         for (socket, to) in families {
             a.send(socket, &to, b"hello").unwrap();
             wait_readable(&b, socket);
-            let mut batch = Batch::new(4);
-            b.recv_batch(socket, &mut batch);
-            let got: Vec<_> = batch.iter_mut().map(|(bytes, from)| (bytes.to_vec(), *from)).collect();
-            assert_eq!(got, [(b"hello".to_vec(), SocketAddr::new(to.ip(), a.port()))]);
+            let mut receiver = Receiver::default();
+            b.receive(socket, &mut receiver);
+            let got: Vec<_> = receiver.trains().map(|t| (t.datagrams().collect::<Vec<_>>(), t.from)).collect();
+            assert_eq!(got, [(vec![&b"hello"[..]], SocketAddr::new(to.ip(), a.port()))]);
         }
     }
 
     #[test]
     fn a_taken_port_is_named_and_a_kept_one_is_only_a_wish() {
         let first = sockets();
-        match UdpSockets::bind(first.port(), None, &mut rand::rng()) {
+        match UdpSockets::bind(first.port(), None, true, &mut rand::rng()) {
             Err(BindError::PortTaken(port)) => assert_eq!(port, first.port()),
             other => panic!("expected PortTaken, got {other:?}"),
         }
-        let second = UdpSockets::bind(0, Some(first.port()), &mut rand::rng()).unwrap();
+        let second = UdpSockets::bind(0, Some(first.port()), true, &mut rand::rng()).unwrap();
         assert_ne!(second.port(), first.port());
         let port = second.port();
         drop(second);
-        assert_eq!(UdpSockets::bind(0, Some(port), &mut rand::rng()).unwrap().port(), port);
+        assert_eq!(UdpSockets::bind(0, Some(port), true, &mut rand::rng()).unwrap().port(), port);
     }
 
     #[test]
@@ -287,5 +376,66 @@ mod tests {
         assert!(matches!(a.send(SocketId::V4, &nobody, b"x"), Err(SendError::Refused(_) | SendError::Unreachable)));
         a.send(SocketId::V4, &to, b"still works").unwrap();
         wait_readable(&a, SocketId::V4);
+    }
+
+    fn outgoing<'a>(to: SocketAddr, size: usize, pieces: &'a [&'a [u8]]) -> Outgoing<'a> {
+        Outgoing { socket: SocketId::V4, remote: to, ecn: 0, size, pieces }
+    }
+
+    fn lengths(sockets: &UdpSockets, mut bytes: usize) -> Vec<usize> {
+        let (mut receiver, mut lengths) = (Receiver::default(), Vec::new());
+        while bytes > 0 {
+            wait_readable(sockets, SocketId::V4);
+            sockets.receive(SocketId::V4, &mut receiver);
+            for datagram in receiver.trains().flat_map(|train| train.datagrams()) {
+                bytes -= datagram.len();
+                lengths.push(datagram.len());
+            }
+        }
+        lengths
+    }
+
+    #[test]
+    fn trains_and_single_datagrams_arrive_alike() {
+        let bytes = vec![1; 5000];
+        for trains in [true, false] {
+            let [a, b] = [trains, trains].map(|t| UdpSockets::bind(0, None, t, &mut rand::rng()).unwrap());
+            let to = SocketAddr::from((Ipv4Addr::LOCALHOST, b.port()));
+            let mut sender = Sender::default();
+            let sent = sender.send(&a, &outgoing(to, 1000, &[&bytes[..3000], &bytes[3000..4100]]), Now(1));
+            assert_eq!((sent.sent, sent.failed, sent.error), (5, 0, None));
+            assert_eq!(lengths(&b, 4100), [1000, 1000, 1000, 1000, 100]);
+            let sent = sender.send(&a, &outgoing(to, 1000, &[&bytes[..1000]]), Now(1));
+            assert_eq!(sent, Sent { sent: 1, ..Sent::default() });
+            assert_eq!(lengths(&b, 1000), [1000]);
+        }
+    }
+
+    #[test]
+    fn a_refused_train_goes_one_by_one_and_is_not_tried_again_for_a_while() {
+        let (a, b) = (sockets(), sockets());
+        let to = SocketAddr::from((Ipv4Addr::LOCALHOST, b.port()));
+        // More datagrams than a kernel cuts.
+        let bytes = vec![1; 1000];
+        let mut sender = Sender::default();
+        let sent = sender.send(&a, &outgoing(to, 1, &[&bytes]), Now(1));
+        assert_eq!(sent, Sent { sent: 1000, ..Sent::default() });
+        assert_eq!(lengths(&b, 1000), [1; 1000]);
+        let pieces = [&bytes[..]];
+        let two = outgoing(to, 500, &pieces);
+        assert!(!sender.send(&a, &two, Now(2)).as_train, "remembered");
+        let later = Now(1) + REFUSED_FOR;
+        assert!(sender.send(&a, &two, later).as_train, "tried again");
+        let other = SocketAddr::from((Ipv4Addr::LOCALHOST, a.port()));
+        sender.refuse(to, later);
+        assert!(sender.send(&a, &outgoing(other, 500, &[&bytes]), later).as_train, "another way");
+        for n in 0..1000u16 {
+            sender.refuse(SocketAddr::from((Ipv4Addr::LOCALHOST, n)), later);
+        }
+        assert_eq!(sender.refused.len(), REFUSALS);
+        let nowhere = SocketAddr::from((Ipv4Addr::BROADCAST, 9));
+        let sent = sender.send(&a, &outgoing(nowhere, 500, &[&bytes]), later);
+        assert_eq!((sent.sent, sent.failed), (0, 2));
+        assert!(sent.error.is_some());
     }
 }

@@ -63,6 +63,53 @@ pub fn source_destination(packet: &[u8]) -> Result<(IpAddr, IpAddr), BadIp> {
     }
 }
 
+/// The ECN field of a packet (RFC 3168 section 5), which a tunnel copies to its outer header (RFC 6040 section 4.1). Zero
+/// for what is no IP packet.
+#[must_use]
+pub fn ecn(packet: &[u8]) -> u8 {
+    match packet {
+        [first, second, ..] if first >> 4 == 4 => second & 3,
+        [first, second, ..] if first >> 4 == 6 => second >> 4 & 3,
+        _ => 0,
+    }
+}
+
+/// The packet was marked as congested on its way through the tunnel, but its ends do not know such marks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("congestion cannot be signalled to this flow")]
+pub struct NotEcnCapable;
+
+/// Carries the ECN field of the outer header a packet came in over to the packet: RFC 6040 section 4.2.
+///
+/// # Errors
+/// The packet must be dropped, which is how its sender learns of the congestion.
+pub fn apply_ecn(packet: &mut [u8], outer: u8) -> Result<(), NotEcnCapable> {
+    const NOT_CAPABLE: u8 = 0;
+    const ECT_1: u8 = 1;
+    const ECT_0: u8 = 2;
+    const CE: u8 = 3;
+    let new = match (ecn(packet), outer) {
+        (NOT_CAPABLE, CE) => return Err(NotEcnCapable),
+        (ECT_0 | ECT_1, CE) => CE,
+        (ECT_0, ECT_1) => ECT_1,
+        _ => return Ok(()),
+    };
+    match packet {
+        [first, second, ..] if *first >> 4 == 6 => *second = *second & !0x30 | new << 4,
+        [_, tos, _, _, _, _, _, _, _, _, high, low, ..] => {
+            // RFC 1624: the checksum follows what changed. The field is the low byte of the first pair.
+            let old = u16::from(*tos);
+            *tos = *tos & !3 | new;
+            let sum = u32::from(!u16::from_be_bytes([*high, *low])) + u32::from(!old) + u32::from(*tos);
+            let sum = (sum & 0xFFFF) + (sum >> 16);
+            let sum = (sum & 0xFFFF) + (sum >> 16);
+            [*high, *low] = (!u16::try_from(sum).unwrap_or_default()).to_be_bytes();
+        }
+        _ => {}
+    }
+    Ok(())
+}
+
 /// Why a destination is not reachable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unreachable {
@@ -357,6 +404,58 @@ mod tests {
             six[4..6].copy_from_slice(&len.to_be_bytes());
             assert_eq!(unreachable(&six).is_some(), answered, "IPv6, offset {offset}");
         }
+    }
+
+    #[test]
+    fn congestion_marks_come_through_a_tunnel() {
+        for (inner, outer, expected) in [
+            (0, 0, Some(0)),
+            (0, 1, Some(0)),
+            (0, 2, Some(0)),
+            (0, 3, None),
+            (1, 0, Some(1)),
+            (1, 1, Some(1)),
+            (1, 2, Some(1)),
+            (1, 3, Some(3)),
+            (2, 0, Some(2)),
+            (2, 1, Some(1)),
+            (2, 2, Some(2)),
+            (2, 3, Some(3)),
+            (3, 0, Some(3)),
+            (3, 1, Some(3)),
+            (3, 2, Some(3)),
+            (3, 3, Some(3)),
+        ] {
+            for dscp in [0u8, 0x2E, 0x3F] {
+                for mut packet in [udp4(B4, 30), udp6(b6(), 30)] {
+                    let four = packet[0] >> 4 == 4;
+                    if four {
+                        packet[1] = dscp << 2 | inner;
+                        let sum = {
+                            packet[10..12].fill(0);
+                            internet_checksum(&packet[..20])
+                        };
+                        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+                    } else {
+                        packet[0] = 0x60 | dscp >> 2;
+                        packet[1] = dscp << 6 | inner << 4 | 5;
+                    }
+                    assert_eq!(ecn(&packet), inner);
+                    let before = packet.clone();
+                    let result = apply_ecn(&mut packet, outer);
+                    assert_eq!(result.ok().map(|()| ecn(&packet)), expected, "inner {inner}, outer {outer}");
+                    assert_eq!(result.is_ok_and(|()| ecn(&packet) != inner), packet != before);
+                    if four {
+                        assert_eq!(packet[1] >> 2, dscp);
+                        assert_eq!(internet_checksum(&packet[..20]), 0);
+                    } else {
+                        assert_eq!((packet[0], packet[1] & 0xCF), (before[0], before[1] & 0xCF));
+                    }
+                }
+            }
+        }
+        assert_eq!(ecn(&[]), 0);
+        assert_eq!(apply_ecn(&mut [0x45], 3), Err(NotEcnCapable));
     }
 
     proptest! {

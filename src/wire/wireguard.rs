@@ -33,6 +33,12 @@ pub fn receiver_index(datagram: &[u8]) -> Option<u32> {
     read_index(datagram, at)
 }
 
+/// The session index that a datagram classified as data is addressed to. Zero for what is too short to be data.
+#[must_use]
+pub fn data_receiver(datagram: &[u8]) -> u32 {
+    read_index(datagram, 4).unwrap_or_default()
+}
+
 /// The index by which the sender of a handshake message wants to be addressed. None for anything else.
 #[must_use]
 pub fn sender_index(datagram: &[u8]) -> Option<u32> {
@@ -77,6 +83,7 @@ mod tests {
         assert_eq!(receiver_index(&message(2, RESPONSE_LEN)), Some(0x8877_6655));
         assert_eq!(receiver_index(&message(3, COOKIE_LEN)), Some(0x4433_2211));
         assert_eq!(receiver_index(&message(4, DATA_MIN_LEN)), Some(0x4433_2211));
+        assert_eq!(data_receiver(&message(4, DATA_MIN_LEN)), 0x4433_2211);
         assert_eq!(sender_index(&message(1, INIT_LEN)), Some(0x4433_2211));
         assert_eq!(sender_index(&message(2, RESPONSE_LEN)), Some(0x4433_2211));
         assert_eq!(sender_index(&message(4, DATA_MIN_LEN)), None);

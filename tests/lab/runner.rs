@@ -47,7 +47,7 @@ pub fn skip<T>(why: impl Into<String>) -> Result<T> {
 }
 
 enum Outcome {
-    Passed(String),
+    Passed,
     Skipped(String),
     Failed(String),
 }
@@ -71,11 +71,10 @@ pub fn main(cases: &[Case]) -> ExitCode {
         println!("\n{} tests, 0 benchmarks", chosen.len());
         return ExitCode::SUCCESS;
     }
-    let show = args.iter().any(|arg| arg == "--nocapture" || arg == "--show-output");
-    run_all(&chosen, cases.len() - chosen.len(), show)
+    run_all(&chosen, cases.len() - chosen.len())
 }
 
-fn run_all(chosen: &[&Case], filtered: usize, show: bool) -> ExitCode {
+fn run_all(chosen: &[&Case], filtered: usize) -> ExitCode {
     println!("\nrunning {} tests", chosen.len());
     let start = Instant::now();
     let impossible = impossible();
@@ -88,12 +87,9 @@ fn run_all(chosen: &[&Case], filtered: usize, show: bool) -> ExitCode {
         };
         let took = began.elapsed().as_secs_f64();
         match outcome {
-            Outcome::Passed(said) => {
+            Outcome::Passed => {
                 passed += 1;
                 println!("test {} ... ok ({took:.1} s)", case.name);
-                if show {
-                    said.lines().for_each(|line| println!("    {line}"));
-                }
             }
             Outcome::Skipped(why) => {
                 ignored += 1;
@@ -133,7 +129,7 @@ fn impossible() -> Option<String> {
         return Some(format!("/dev/net/tun cannot be opened ({error})"));
     }
     match run_one(&case("(probe)", || Ok(()))) {
-        Outcome::Passed(_) => None,
+        Outcome::Passed => None,
         Outcome::Skipped(why) | Outcome::Failed(why) => Some(format!("namespaces cannot be made here: {}", why.trim())),
     }
 }
@@ -170,7 +166,7 @@ fn try_one(case: &Case) -> Result<Outcome> {
     log.rewind()?;
     log.read_to_string(&mut said)?;
     Ok(match status.map(|status| status.code()) {
-        Some(Some(0)) => Outcome::Passed(said),
+        Some(Some(0)) => Outcome::Passed,
         Some(Some(code)) if code == i32::from(SKIPPED) => Outcome::Skipped(said.trim().to_owned()),
         Some(_) => Outcome::Failed(said),
         None => Outcome::Failed(format!("{said}\nkilled after {} s", case.limit.as_secs())),

@@ -9,7 +9,7 @@ use meshd::engine::drops::{Drop, Drops};
 use meshd::engine::inbound::Inbound;
 use meshd::engine::io::{self, Input, Notice, Output, Path, PeerId, SocketId, Update, Via};
 use meshd::engine::outbound::Outbound;
-use meshd::engine::packet::{Destination, InboundSink, OutboundSink};
+use meshd::engine::packet::{Destination, FromTun, InboundSink, OutboundSink};
 use meshd::engine::planner::{Config, Planner, Why};
 use meshd::time::Now;
 use meshd::trust::record::SignedRecord;
@@ -155,7 +155,7 @@ impl Machines {
         self.tick(now);
         let mut sink = Sink::default();
         self.apply_updates(None, &mut sink);
-        self.outbound.handle_tun([packet], now, &mut sink);
+        self.outbound.handle_tun([FromTun::whole(&mut packet.to_vec())], now, &mut sink);
         self.collect(sink, wants);
     }
 
@@ -279,7 +279,7 @@ struct Sink {
 const DIRT: u8 = 0xd5;
 
 impl OutboundSink for Sink {
-    fn room(&mut self, to: &Destination, max: usize) -> Option<&mut [u8]> {
+    fn room(&mut self, to: &Destination, _: u8, max: usize) -> Option<&mut [u8]> {
         self.to = Some(*to);
         self.room = vec![DIRT; max];
         Some(&mut self.room)

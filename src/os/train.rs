@@ -1,0 +1,384 @@
+//! Trains of datagrams: many of one size, to or from one address, in one system call.
+//!
+//! What a datagram costs is its way through the kernel's network stack, not the system call. A train goes that way as one
+//! (`UDP_SEGMENT` cuts it as late as the hardware allows, `UDP_GRO` hands over what was put together on the way in), which
+//! is worth a factor of ten and more. Calls that only take several datagrams at once (`sendmmsg`, io_uring) gain nothing.
+
+use std::io::{self, IoSlice};
+use std::mem;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::slice;
+
+use nix::errno::Errno;
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{SockAddr, Socket};
+
+/// Datagrams in a train at most: what every kernel with `UDP_SEGMENT` takes (`UDP_MAX_SEGMENTS`).
+pub const MAX_DATAGRAMS: usize = 64;
+/// Bytes of a train at most: those of the largest UDP payload over IPv4.
+pub const MAX_BYTES: usize = 65_507;
+/// Trains received by one call.
+const TRAINS: usize = 8;
+/// Room for one train.
+const ROOM: usize = 1 << 16;
+const NOBODY: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
+/// Room for what the kernel tells about a train: its datagrams' size, and the traffic class.
+const CONTROL: usize = 64;
+
+/// Switches a socket to telling ECN marks, and if `trains` to receiving trains. True if the kernel does put datagrams
+/// together (Linux 5.0).
+pub fn enable(socket: &Socket, trains: bool, v6: bool) -> bool {
+    // Without the marks, congestion shows as loss, as it does with most tunnels.
+    let _ = if v6 { socket.set_recv_tclass_v6(true) } else { socket.set_recv_tos_v4(true) };
+    trains && setsockopt(socket, sockopt::UdpGroSegment, &true).is_ok()
+}
+
+/// Memory for the trains of one receiving call. Pages that no datagram reached are not resident.
+pub struct Receiver {
+    bytes: Box<[u8]>,
+    trains: [Meta; TRAINS],
+    filled: usize,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Meta {
+    from: SocketAddr,
+    ecn: u8,
+    len: usize,
+    size: usize,
+}
+
+/// Datagrams that came from one address with one ECN mark.
+#[derive(Debug, Clone, Copy)]
+pub struct Train<'a> {
+    /// The sender.
+    pub from: SocketAddr,
+    /// The ECN field of the IP header, RFC 3168 section 5.
+    pub ecn: u8,
+    bytes: &'a [u8],
+    size: usize,
+}
+
+impl<'a> Train<'a> {
+    /// The datagrams in the order they came. All are as long as the first, but for the last, which may be shorter.
+    pub fn datagrams(&self) -> impl Iterator<Item = &'a [u8]> + use<'a> {
+        self.bytes.chunks(self.size)
+    }
+}
+
+impl std::fmt::Debug for Receiver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Receiver").field("trains", &&self.trains[..self.filled]).finish_non_exhaustive()
+    }
+}
+
+impl Default for Receiver {
+    fn default() -> Self {
+        Self {
+            bytes: vec![0; TRAINS * ROOM].into_boxed_slice(),
+            trains: [Meta { from: NOBODY, ecn: 0, len: 0, size: 1 }; TRAINS],
+            filled: 0,
+        }
+    }
+}
+
+/// The kernel wants these numbers aligned like its own header.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+struct Control([u8; CONTROL]);
+
+impl Receiver {
+    /// Takes what a non-blocking socket holds, in one call, in the place of what was here before. Errors that other hosts
+    /// can cause (ICMP) are passed over.
+    pub fn receive(&mut self, socket: BorrowedFd<'_>) {
+        self.filled = 0;
+        // An error queued by ICMP is taken off by the call that reports it; more than this many in a row can wait.
+        for _ in 0..16 {
+            match self.receive_once(socket) {
+                Ok(()) | Err(Errno::EAGAIN) => return,
+                Err(error) => tracing::trace!(%error, "receive error passed over"),
+            }
+        }
+    }
+
+    fn receive_once(&mut self, socket: BorrowedFd<'_>) -> nix::Result<()> {
+        #[expect(unsafe_code, reason = "C structures without invalid values")]
+        // SAFETY: all-zero bytes are valid for these plain C structures (numbers and pointers that may be null).
+        let (mut names, mut headers): ([libc::sockaddr_storage; TRAINS], [libc::mmsghdr; TRAINS]) =
+            unsafe { (mem::zeroed(), mem::zeroed()) };
+        let mut control = [Control([0; CONTROL]); TRAINS];
+        let mut places = [libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; TRAINS];
+        for (place, bytes) in places.iter_mut().zip(self.bytes.chunks_exact_mut(ROOM)) {
+            *place = libc::iovec { iov_base: bytes.as_mut_ptr().cast(), iov_len: bytes.len() };
+        }
+        for (n, header) in headers.iter_mut().enumerate() {
+            header.msg_hdr.msg_name = (&raw mut names[n]).cast();
+            header.msg_hdr.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+            header.msg_hdr.msg_iov = &raw mut places[n];
+            header.msg_hdr.msg_iovlen = 1;
+            header.msg_hdr.msg_control = control[n].0.as_mut_ptr().cast();
+            header.msg_hdr.msg_controllen = CONTROL as _;
+        }
+        #[expect(unsafe_code, reason = "nix's wrapper needs memory of its own for every call")]
+        // SAFETY: `headers` points to TRAINS valid headers, each of which points to memory of the length it says that lives
+        // until after the call and is used by nobody else: `names`, `control`, `places`, and disjoint parts of `bytes`.
+        let got = unsafe {
+            libc::recvmmsg(
+                socket.as_raw_fd(),
+                headers.as_mut_ptr(),
+                TRAINS as libc::c_uint,
+                libc::MSG_DONTWAIT as _,
+                std::ptr::null_mut(),
+            )
+        };
+        let got = usize::try_from(Errno::result(got)?).unwrap_or_default();
+        for ((header, name), meta) in headers.iter().zip(&names).zip(&mut self.trains).take(got) {
+            let (size, ecn) = told(&header.msg_hdr);
+            // Only an address of a family that was not asked for is none; then there is nothing to look at.
+            let (from, len) = address(name).map_or((NOBODY, 0), |from| (from, header.msg_len as usize));
+            *meta = Meta { from, ecn, len, size: size.unwrap_or(len).max(1) };
+        }
+        self.filled = got.min(TRAINS);
+        Ok(())
+    }
+
+    /// True if the call filled every place, so that more may wait.
+    #[must_use]
+    pub const fn is_full(&self) -> bool {
+        self.filled == TRAINS
+    }
+
+    /// What came, in order.
+    pub fn trains(&self) -> impl Iterator<Item = Train<'_>> {
+        self.trains[..self.filled].iter().zip(self.bytes.chunks(ROOM)).map(|(meta, bytes)| Train {
+            from: meta.from,
+            ecn: meta.ecn,
+            bytes: bytes.get(..meta.len).unwrap_or_default(),
+            size: meta.size,
+        })
+    }
+}
+
+/// The size of the train's datagrams, if there is more than one, and the ECN field.
+fn told(header: &libc::msghdr) -> (Option<usize>, u8) {
+    let (mut size, mut ecn) = (None, 0);
+    #[expect(unsafe_code, reason = "the kernel's list is walked by the C library's own rules")]
+    // SAFETY: `header` was filled by a successful receiving call and its control memory is still there; these functions stay
+    // within `msg_controllen`. Each kind of data is read with the size the kernel writes it with.
+    unsafe {
+        let mut message = libc::CMSG_FIRSTHDR(header);
+        while let Some(cmsg) = message.as_ref() {
+            let data = libc::CMSG_DATA(cmsg);
+            match (cmsg.cmsg_level, cmsg.cmsg_type) {
+                (libc::SOL_UDP, libc::UDP_GRO) => {
+                    size = usize::try_from(data.cast::<libc::c_int>().read_unaligned()).ok();
+                }
+                (libc::IPPROTO_IP, libc::IP_TOS) => ecn = data.read() & 3,
+                (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
+                    ecn = (data.cast::<libc::c_int>().read_unaligned() & 3) as u8;
+                }
+                _ => {}
+            }
+            message = libc::CMSG_NXTHDR(header, cmsg);
+        }
+    }
+    (size, ecn)
+}
+
+/// An address without flow information, and with a scope only where it means something (link-local).
+fn address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
+    let name: *const libc::sockaddr_storage = name;
+    #[expect(unsafe_code, reason = "a C union by another name")]
+    // SAFETY: the storage is large enough and aligned for every kind of address, and its family says which it is.
+    unsafe {
+        match i32::from((*name).ss_family) {
+            libc::AF_INET => {
+                let v4 = &*name.cast::<libc::sockaddr_in>();
+                let ip = Ipv4Addr::from(v4.sin_addr.s_addr.to_ne_bytes());
+                Some(SocketAddrV4::new(ip, u16::from_be(v4.sin_port)).into())
+            }
+            libc::AF_INET6 => {
+                let v6 = &*name.cast::<libc::sockaddr_in6>();
+                let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
+                let scope = if ip.is_unicast_link_local() { v6.sin6_scope_id } else { 0 };
+                Some(SocketAddrV6::new(ip, u16::from_be(v6.sin6_port), 0, scope).into())
+            }
+            _ => None,
+        }
+    }
+}
+
+/// Sends one datagram, or with `size` a train: `pieces`, put together, are cut into datagrams of `size` bytes (the last
+/// may be shorter), at most [`MAX_DATAGRAMS`] and [`MAX_BYTES`]. Their IP headers carry the ECN field `ecn` and no DSCP.
+///
+/// # Errors
+/// As of `sendmsg`. For a train, EIO, EINVAL or EMSGSIZE mean that it cannot go as one; nothing was sent then.
+pub fn send(
+    socket: BorrowedFd<'_>,
+    to: &SocketAddr,
+    ecn: u8,
+    pieces: &[IoSlice<'_>],
+    size: Option<u16>,
+) -> nix::Result<()> {
+    let to = SockAddr::from(*to);
+    let mut control = Control([0; CONTROL]);
+    #[expect(unsafe_code, reason = "C structures without invalid values")]
+    // SAFETY: all-zero bytes are a valid header: numbers, and pointers that may be null.
+    let mut header: libc::msghdr = unsafe { mem::zeroed() };
+    header.msg_name = to.as_ptr().cast_mut().cast();
+    header.msg_namelen = to.len();
+    // `IoSlice` is documented to be the same as an `iovec`.
+    header.msg_iov = pieces.as_ptr().cast_mut().cast();
+    header.msg_iovlen = pieces.len() as _;
+    header.msg_control = control.0.as_mut_ptr().cast();
+    header.msg_controllen = CONTROL as _;
+    let mut used = 0;
+    {
+        let mut tell = |level, kind, data: &[u8]| {
+            #[expect(unsafe_code, reason = "the kernel's list is written by the C library's own rules")]
+            // SAFETY: at most two messages of at most four bytes are written, which `CONTROL` has room for at the kernel's
+            // alignment (2 × 24 bytes), and `used` is where the one before ended. `CMSG_DATA` is where the length says.
+            unsafe {
+                let message: *mut libc::cmsghdr = control.0.as_mut_ptr().add(used).cast();
+                (*message).cmsg_level = level;
+                (*message).cmsg_type = kind;
+                (*message).cmsg_len = libc::CMSG_LEN(data.len() as libc::c_uint) as _;
+                slice::from_raw_parts_mut(libc::CMSG_DATA(message), data.len()).copy_from_slice(data);
+                used += libc::CMSG_SPACE(data.len() as libc::c_uint) as usize;
+            }
+        };
+        if let Some(size) = size {
+            tell(libc::SOL_UDP, libc::UDP_SEGMENT, &size.to_ne_bytes());
+        }
+        if ecn != 0 {
+            let ecn = libc::c_int::from(ecn).to_ne_bytes();
+            if to.is_ipv6() {
+                tell(libc::IPPROTO_IPV6, libc::IPV6_TCLASS, &ecn);
+            } else {
+                tell(libc::IPPROTO_IP, libc::IP_TOS, &ecn);
+            }
+        }
+    }
+    header.msg_controllen = used as _;
+    #[expect(unsafe_code, reason = "nix's wrapper allocates for every call")]
+    // SAFETY: every pointer in `header` is to memory of the length beside it that outlives the call and is only read.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const header, libc::MSG_DONTWAIT) };
+    Errno::result(sent).map(drop)
+}
+
+/// The kernel buffers of a socket as granted, in bytes: to receive and to send. Linux counts its own overhead in.
+///
+/// # Errors
+/// The descriptor is no socket.
+pub fn buffers(socket: &impl std::os::fd::AsFd) -> io::Result<(usize, usize)> {
+    use nix::sys::socket::getsockopt;
+    Ok((getsockopt(socket, sockopt::RcvBuf)?, getsockopt(socket, sockopt::SndBuf)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::os::fd::AsFd;
+
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use socket2::{Domain, Protocol, Type};
+
+    use super::*;
+
+    fn open(v6: bool) -> Option<(UdpSocket, bool)> {
+        let ip: std::net::IpAddr = if v6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() };
+        let local = SocketAddr::new(ip, 0);
+        let socket = Socket::new(Domain::for_address(local), Type::DGRAM.nonblocking(), Some(Protocol::UDP)).ok()?;
+        socket.bind(&local.into()).ok()?;
+        let gro = enable(&socket, true, v6);
+        Some((socket.into(), gro))
+    }
+
+    fn wait(socket: &UdpSocket) {
+        assert_eq!(poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], PollTimeout::from(5_000u16)), Ok(1));
+    }
+
+    /// Everything that arrives until `bytes` bytes did.
+    fn receive(socket: &UdpSocket, mut bytes: usize) -> (Vec<(SocketAddr, u8, Vec<u8>)>, usize) {
+        let mut receiver = Receiver::default();
+        let (mut got, mut trains) = (Vec::new(), 0);
+        while bytes > 0 {
+            wait(socket);
+            receiver.receive(socket.as_fd());
+            for train in receiver.trains() {
+                trains += 1;
+                for datagram in train.datagrams() {
+                    bytes -= datagram.len();
+                    got.push((train.from, train.ecn, datagram.to_vec()));
+                }
+            }
+        }
+        (got, trains)
+    }
+
+    #[test]
+    fn a_train_arrives_as_the_datagrams_it_was_made_of() {
+        for v6 in [false, true] {
+            let (Some((a, _)), Some((b, gro))) = (open(v6), open(v6)) else {
+                eprintln!("SKIPPED: no address of this family here");
+                continue;
+            };
+            let to = b.local_addr().unwrap();
+            let bytes: Vec<u8> = (0..64 * 1000).map(|n| (n / 7) as u8).collect();
+            for (len, size, ecn) in [(64_000, 1000, 0), (5500, 1000, 1), (1000, 1000, 2), (2, 1, 3)] {
+                let (one, two) = bytes[..len].split_at(len / size / 2 * size);
+                let pieces = [IoSlice::new(one), IoSlice::new(two)];
+                match send(a.as_fd(), &to, ecn, &pieces, Some(size as u16)) {
+                    Ok(()) => {}
+                    Err(e) => {
+                        eprintln!("SKIPPED: this kernel cuts no trains ({e})");
+                        return;
+                    }
+                }
+                let (got, trains) = receive(&b, len);
+                let from = a.local_addr().unwrap();
+                let expected: Vec<_> = bytes[..len].chunks(size).map(|d| (from, ecn, d.to_vec())).collect();
+                assert_eq!(got, expected);
+                assert!(!gro || trains < got.len() || got.len() <= 2, "{trains} trains of {} datagrams", got.len());
+            }
+        }
+    }
+
+    #[test]
+    fn single_datagrams_of_every_size_arrive_up_to_the_largest() {
+        let ((a, _), (b, _)) = (open(false).unwrap(), open(false).unwrap());
+        let bytes = vec![7; MAX_BYTES + 1];
+        for len in [1, 20, 1500, MAX_BYTES] {
+            send(a.as_fd(), &b.local_addr().unwrap(), 0, &[IoSlice::new(&bytes[..len])], None).unwrap();
+            let (got, _) = receive(&b, len);
+            assert_eq!(got.iter().map(|(_, _, bytes)| bytes.len()).collect::<Vec<_>>(), [len]);
+        }
+        let too_long = send(a.as_fd(), &b.local_addr().unwrap(), 0, &[IoSlice::new(&bytes)], None);
+        assert_eq!(too_long, Err(Errno::EMSGSIZE));
+        // More than a train holds.
+        let pieces = [IoSlice::new(&bytes[..MAX_BYTES])];
+        assert!(send(a.as_fd(), &b.local_addr().unwrap(), 0, &pieces, Some(100)).is_err());
+    }
+
+    #[test]
+    fn several_senders_and_sizes_are_told_apart() {
+        let (b, _) = open(false).unwrap();
+        let to = b.local_addr().unwrap();
+        let senders: Vec<_> = (0..10).map(|_| open(false).unwrap().0).collect();
+        let mut total = 0;
+        for (n, sender) in senders.iter().enumerate() {
+            let bytes = vec![n as u8; 100 + n];
+            total += bytes.len();
+            send(sender.as_fd(), &to, (n % 4) as u8, &[IoSlice::new(&bytes)], None).unwrap();
+        }
+        let (got, _) = receive(&b, total);
+        for (n, ((from, ecn, bytes), sender)) in got.iter().zip(&senders).enumerate() {
+            assert_eq!((*from, *ecn), (sender.local_addr().unwrap(), (n % 4) as u8));
+            assert_eq!(*bytes, vec![n as u8; 100 + n]);
+        }
+        assert_eq!(got.len(), senders.len());
+        let (rcv, snd) = buffers(&b).unwrap();
+        assert!(rcv > 0 && snd > 0);
+    }
+}
