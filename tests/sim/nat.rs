@@ -234,6 +234,8 @@ pub(crate) struct Nat {
     external: IpAddr,
     dice: Dice,
     state: State,
+    /// External ports that somebody asked to be forwarded, and to whom.
+    forwards: BTreeMap<u16, SocketAddr>,
 }
 
 #[derive(Debug)]
@@ -298,20 +300,32 @@ impl Nat {
                 State::Linux { open_input, flows: Flows { draws, room: table, ..Flows::default() } }
             }
         };
-        Some(Self { external, dice, state })
+        Some(Self { external, dice, state, forwards: BTreeMap::new() })
     }
 
     /// A stateful firewall without translation, as in front of IPv6 hosts.
     pub(crate) fn firewall(prefix: IpAddr) -> Self {
-        Self { external: prefix, dice: Dice::new(0), state: State::Firewall(BTreeMap::new()) }
+        Self {
+            external: prefix,
+            dice: Dice::new(0),
+            state: State::Firewall(BTreeMap::new()),
+            forwards: BTreeMap::new(),
+        }
     }
 
     pub(crate) const fn external(&self) -> IpAddr {
         self.external
     }
 
+    /// Grants a port mapping (PCP, NAT-PMP, UPnP, or by hand): where the outside reaches it.
+    pub(crate) fn forward(&mut self, inside: SocketAddr) -> SocketAddr {
+        self.forwards.insert(inside.port(), inside);
+        SocketAddr::new(self.external, inside.port())
+    }
+
     /// Forgets everything, as a reboot does.
     pub(crate) fn reboot(&mut self) {
+        self.forwards.clear();
         match &mut self.state {
             State::Blocked => {}
             State::Rfc4787(_, table) => {
@@ -344,6 +358,23 @@ impl Nat {
 
     /// A datagram arrives at the outside: the inside endpoint it goes to, or nothing if it is not let in.
     pub(crate) fn inbound(&mut self, now: Now, remote: SocketAddr, external: SocketAddr) -> Option<SocketAddr> {
+        if let Some(inside) = self.forwards.get(&external.port()).copied() {
+            // The answer leaves by the same port.
+            match &mut self.state {
+                State::Rfc4787(kind, table) => {
+                    table.rows.insert((inside, kind.key(remote)), external.port());
+                    table.owners.insert(external.port(), (inside, now + kind.lifetime()));
+                    table.permits.insert((external.port(), remote), now + kind.lifetime());
+                }
+                State::Linux { flows, .. } => {
+                    let flow = Flow { port: external.port(), created: now, answered: false };
+                    flows.flows.entry((inside, remote)).or_insert(flow);
+                    flows.tuples.insert((external.port(), remote), (Some(inside), now + LINUX_NEW));
+                }
+                State::Blocked | State::Firewall(_) => {}
+            }
+            return Some(inside);
+        }
         match &mut self.state {
             State::Blocked => None,
             State::Rfc4787(kind, table) => table.inbound(kind, now, remote, external.port()),

@@ -2,6 +2,7 @@
 
 mod cell;
 mod matrix;
+mod neighbours;
 mod polite;
 mod shell;
 mod table;
