@@ -185,6 +185,7 @@ fn sealed_v1() {
         udp: Some(true),
         ports: None,
         primed: None,
+        fresh: None,
         punch: None,
     };
     let short = PeerMessage { v: 1, n: 2, kind: MessageKind::Go, ..PeerMessage::default() };

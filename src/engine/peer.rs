@@ -44,6 +44,10 @@ pub(crate) struct Talk {
     pub(crate) told: Vec<SocketAddr>,
     /// Where the peer is seen, IPv4.
     pub(crate) target: Option<SocketAddr>,
+    /// One of the peer's candidates lets everybody in, as far as it knows.
+    pub(crate) open: bool,
+    /// What STUN servers see of this round's fresh port, if it has one.
+    pub(crate) fresh_addresses: Vec<SocketAddr>,
     /// Addresses of the peer that answered a probe of ours, the newest first.
     pub(crate) answered_from: Vec<IpAddr>,
     /// Where the coordinator sees the peer's connection come from, and when it said so.
@@ -95,6 +99,8 @@ impl Talk {
             wanted_until: Now::ZERO,
             told: Vec::new(),
             target: None,
+            open: false,
+            fresh_addresses: Vec::new(),
             answered_from: Vec::new(),
             located: None,
             heard_number: 0,

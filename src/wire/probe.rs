@@ -314,6 +314,9 @@ pub struct PeerMessage {
     /// In an answer: the sender has sent to the caller's candidates, so that its NAT lets the caller in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub primed: Option<bool>,
+    /// In a call: the sender uses a fresh port for this round, and so should the receiver.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fresh: Option<bool>,
     /// The sender's part in a punch with many sockets or ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub punch: Option<Punch>,

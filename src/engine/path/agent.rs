@@ -24,7 +24,10 @@ const CALL_RETRY: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(2
 /// The answering side starts by itself if the `go` was lost.
 const GO_TIMEOUT: Duration = Duration::from_millis(700);
 /// Waits between failed rounds while the peer is in use; the last one repeats.
-const BACKOFF_S: [u64; 6] = [3, 8, 20, 45, 120, 300];
+const BACKOFF_S: [u64; 7] = [1, 3, 8, 20, 45, 120, 300];
+/// After so many failed rounds others are made from a fresh port: a router may have taken the port pair for its own, and
+/// keeps it as long as anybody sends to it (nat.md, finding 3).
+const FRESH_PORT_AFTER: usize = 2;
 /// Waits between rounds that what is known of both NATs rules out.
 const HOPELESS_S: u64 = 600;
 /// In such a round only so many of the probes go out: what is known may be wrong, or the peer may be on the same LAN.
@@ -59,6 +62,14 @@ const DOUBT_PROBE_GAP: Duration = Duration::from_millis(100);
 /// Another path must be better by both of these to take over (hysteresis).
 const BETTER_BY: Duration = Duration::from_millis(5);
 const BETTER_PERCENT: u32 = 10;
+/// Other paths that answered once are measured again this often while one is in use (nat.md 5.7).
+const REVIEW: Duration = Duration::from_secs(60);
+/// So many of them.
+const REVIEWED: usize = 4;
+/// A path in use for longer than this is left for a better one only after so many measurements, so far apart.
+const SETTLED: Duration = Duration::from_secs(3);
+const WINS: u8 = 3;
+const WIN_GAP: Duration = Duration::from_millis(500);
 /// Probe answers one peer can draw from us: a burst, and so many a second.
 const ANSWER_BURST: u32 = 120;
 const ANSWERS_PER_SECOND: u32 = 60;
@@ -124,12 +135,18 @@ pub(crate) struct PathAgent {
     stage: Stage,
     round: u32,
     failures: usize,
+    /// How many rounds had failed when the path in use was found.
+    worked_at: usize,
     next_round: Option<Now>,
     /// A punch with many sockets or ports is under way, or how many of them failed in a row.
     heavy: bool,
     heavy_failures: usize,
+    /// No such punch before then.
+    heavy_not_before: Option<Now>,
     /// What is known of both NATs rules a plain punch out.
     brief: bool,
+    /// This round is to be made from a fresh port, or is made from it.
+    fresh: Fresh,
     in_flight: VecDeque<InFlight>,
     current: Option<Current>,
     pub(crate) relay_rtt: Option<Duration>,
@@ -138,6 +155,7 @@ pub(crate) struct PathAgent {
     answers_refilled: Now,
     full_size_lost: bool,
     awake: bool,
+    next_review: Now,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,6 +185,14 @@ enum Stage {
     },
 }
 
+/// Whether a round uses a port of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fresh {
+    No,
+    Wanted,
+    Yes(SocketId),
+}
+
 #[derive(Debug)]
 struct Remote {
     leg: Leg,
@@ -176,6 +202,9 @@ struct Remote {
     open: bool,
     /// The peer's probes come from here.
     heard: bool,
+    /// How often in a row it was better than the path in use, and when to measure again.
+    wins: u8,
+    review: Option<Now>,
     rtt: Option<Duration>,
     last_sent: Option<Now>,
     last_pong: Option<Now>,
@@ -222,10 +251,13 @@ impl PathAgent {
             stage: Stage::Idle,
             round: 0,
             failures: 0,
+            worked_at: 0,
             next_round: None,
             heavy: false,
             heavy_failures: 0,
+            heavy_not_before: None,
             brief: false,
+            fresh: Fresh::No,
             in_flight: VecDeque::new(),
             current: None,
             relay_rtt: None,
@@ -234,6 +266,7 @@ impl PathAgent {
             answers_refilled: now,
             full_size_lost: false,
             awake: false,
+            next_review: now,
         }
     }
 
@@ -249,6 +282,34 @@ impl PathAgent {
         matches!(self.stage, Stage::ToCall | Stage::ToAnswer { .. })
     }
 
+    /// Whether this round should be made from a fresh port, which is not there yet.
+    pub(crate) fn wants_fresh_port(&self) -> bool {
+        self.fresh == Fresh::Wanted
+    }
+
+    /// The fresh port of this round, if it has one.
+    pub(crate) const fn fresh_port(&self) -> Option<SocketId> {
+        match self.fresh {
+            Fresh::Yes(socket) => Some(socket),
+            Fresh::No | Fresh::Wanted => None,
+        }
+    }
+
+    /// How many rounds failed since there was a path, or since the network changed.
+    pub(crate) const fn failures(&self) -> usize {
+        self.failures
+    }
+
+    /// How many had failed when the path in use was found.
+    pub(crate) const fn worked_at(&self) -> usize {
+        self.worked_at
+    }
+
+    /// Whether a heavy punch may be made again.
+    pub(crate) fn may_punch_heavily(&self, now: Now) -> bool {
+        self.heavy_not_before.is_none_or(|at| at <= now)
+    }
+
     /// Whether this transaction is a probe of ours that may still be answered.
     pub(crate) fn sent(&self, txid: &TransactionId) -> bool {
         self.in_flight.iter().any(|p| p.txid == *txid)
@@ -257,9 +318,10 @@ impl PathAgent {
     /// How far the search is.
     pub(crate) const fn attempt(&self) -> Attempt {
         match self.stage {
+            _ if self.heavy => Attempt::Heavy,
             Stage::ToCall | Stage::Called { .. } => Attempt::Waiting,
             Stage::ToAnswer { .. } | Stage::Answered { .. } | Stage::Punching { .. } => Attempt::Running,
-            Stage::Idle => Attempt::Failed { full_size_lost: self.full_size_lost },
+            Stage::Idle => Attempt::Failed { full_size_lost: self.full_size_lost, heavy: self.heavy_failures > 0 },
         }
     }
 
@@ -305,6 +367,28 @@ impl PathAgent {
         }
     }
 
+    /// What joined these two networks before: rounds begin with the attempt that worked then.
+    pub(crate) fn begin_with(&mut self, attempt: usize) {
+        if self.failures == 0 {
+            self.failures = attempt;
+            self.fresh = if attempt >= FRESH_PORT_AFTER { Fresh::Wanted } else { Fresh::No };
+        }
+    }
+
+    /// A fresh port for this round, or none. What is learned from now on is probed from it.
+    pub(crate) fn use_fresh_port(&mut self, socket: Option<SocketId>) {
+        self.fresh = socket.map_or(Fresh::No, Fresh::Yes);
+        if let Some(socket) = socket {
+            let current = self.current.map(|c| c.leg);
+            for remote in &mut self.remotes {
+                let idle = remote.last_pong.is_none() && Some(remote.leg) != current;
+                if idle && !remote.near && remote.leg.remote.is_ipv4() {
+                    remote.leg.socket = socket;
+                }
+            }
+        }
+    }
+
     /// We learned addresses of ours that the peer was not told: what is under way cannot use them, so call (again).
     pub(crate) fn candidates_grew(&mut self) {
         if self.awake && self.current.is_none() {
@@ -319,7 +403,7 @@ impl PathAgent {
         self.stage = Stage::Idle;
         self.next_round = None;
         self.failures = 0;
-        self.heavy_failures = 0;
+        self.fresh = Fresh::No;
         self.remotes.clear();
         self.in_flight.clear();
         if self.current.take().is_some() {
@@ -330,7 +414,9 @@ impl PathAgent {
     /// The network around this node changed: what was proven is doubtful, what failed may work now.
     pub(crate) fn network_changed<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
         self.failures = 0;
+        self.fresh = Fresh::No;
         self.heavy_failures = 0;
+        self.heavy_not_before = None;
         self.next_round = None;
         for remote in &mut self.remotes {
             remote.forget();
@@ -386,10 +472,19 @@ impl PathAgent {
             Some(r.leg) == current || r.last_pong.is_some() || candidates.iter().any(|c| c.addr == r.leg.remote)
         });
         for offer in candidates {
-            self.learn(Leg::main(offer.addr), offer.near);
-            if let Some(remote) = self.remote_mut(Leg::main(offer.addr)) {
+            let leg = self.leg_to(offer.addr, offer.near);
+            self.learn(leg, offer.near);
+            if let Some(remote) = self.remote_mut(leg) {
                 remote.open = offer.open;
             }
+        }
+    }
+
+    /// From the socket of this round; on our own networks from the main one, which needs no NAT.
+    fn leg_to(&self, addr: SocketAddr, near: bool) -> Leg {
+        match self.fresh {
+            Fresh::Yes(socket) if !near && addr.is_ipv4() => Leg { socket, remote: addr },
+            Fresh::Yes(_) | Fresh::Wanted | Fresh::No => Leg::main(addr),
         }
     }
 
@@ -408,12 +503,13 @@ impl PathAgent {
     }
 
     /// The peer called.
-    pub(crate) fn heard_call<R: Rng>(&mut self, round: u32, t: Option<u64>, cx: &mut Context<'_, R>) {
+    pub(crate) fn heard_call<R: Rng>(&mut self, round: u32, t: Option<u64>, fresh: bool, cx: &mut Context<'_, R>) {
         if self.wins_ties && matches!(self.stage, Stage::Called { .. }) {
             return; // it will answer our call
         }
         self.awake = true;
         self.round = round;
+        self.fresh = if fresh { Fresh::Wanted } else { Fresh::No };
         self.stage = Stage::ToAnswer { t, since: cx.now };
         // Who has a path that works does not call.
         self.ask_current(true, cx);
@@ -470,6 +566,7 @@ impl PathAgent {
     fn heavy_failed(&mut self, now: Now) {
         let wait = HEAVY_BACKOFF_S.get(self.heavy_failures).or(HEAVY_BACKOFF_S.last()).copied().unwrap_or(HOPELESS_S);
         self.heavy_failures += 1;
+        self.heavy_not_before = Some(now + Duration::from_secs(wait));
         let shift = if self.wins_ties { 0 } else { 1500 };
         if matches!(self.stage, Stage::Idle | Stage::Punching { .. }) {
             self.stage = Stage::Idle;
@@ -601,6 +698,7 @@ impl PathAgent {
         for leg in unconfirmed {
             self.confirm(leg, cx);
         }
+        self.review(cx);
         let due = |r: &&mut Remote| r.check.is_some_and(|at| at <= now);
         let checks: Vec<Leg> = self.remotes.iter_mut().filter(due).map(|r| r.leg).collect();
         for leg in checks {
@@ -631,6 +729,8 @@ impl PathAgent {
 
     /// The profiles of both NATs changed: a sleeping hopeless pair may try again.
     pub(crate) fn profile_changed(&mut self, now: Now) {
+        self.heavy_failures = 0;
+        self.heavy_not_before = None;
         if self.awake && self.current.is_none() {
             self.failures = 0;
             self.next_round = Some(now);
@@ -703,6 +803,7 @@ impl PathAgent {
         self.full_size_lost = self.remotes.iter().any(|r| r.last_pong.is_some() && r.proven.is_none());
         let wait = BACKOFF_S.get(self.failures).or(BACKOFF_S.last()).copied().unwrap_or(HOPELESS_S);
         self.failures += 1;
+        self.fresh = if self.failures >= FRESH_PORT_AFTER && !self.brief { Fresh::Wanted } else { Fresh::No };
         // Two sides that failed together must not call together: the tie winner goes first.
         let shift = if self.wins_ties { 0 } else { 1500 };
         self.next_round = Some(now + Duration::from_millis(wait * 1000 + shift));
@@ -710,6 +811,33 @@ impl PathAgent {
         self.remotes.retain(|r| Some(r.leg) == current || r.last_pong.is_some());
         for remote in &mut self.remotes {
             remote.full_tries = 0;
+        }
+    }
+
+    /// Is there a better path than the one in use?
+    fn review<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        let now = cx.now;
+        let Some(current) = self.current.filter(|c| self.awake && c.doubt.is_none()) else { return };
+        let all = self.next_review <= now;
+        if all {
+            self.next_review = now + REVIEW;
+        }
+        let due = |r: &&mut Remote| {
+            let due = r.review.is_some_and(|at| at <= now) || (all && r.rtt.is_some());
+            due && r.leg != current.leg
+        };
+        let legs: Vec<Leg> = self
+            .remotes
+            .iter_mut()
+            .filter(due)
+            .take(REVIEWED)
+            .map(|r| {
+                r.review = None;
+                r.leg
+            })
+            .collect();
+        for leg in legs {
+            self.probe(leg, true, cx);
         }
     }
 
@@ -798,16 +926,25 @@ impl PathAgent {
             Some(c) => {
                 let current_near = self.remotes.iter().any(|r| r.leg == c.leg && r.near);
                 let clearly = rtt + BETTER_BY < c.rtt && rtt * 100 < c.rtt * (100 - BETTER_PERCENT);
-                (near && !current_near && rtt <= c.rtt + BETTER_BY) || (clearly && near >= current_near)
+                let better = (near && !current_near && rtt <= c.rtt + BETTER_BY) || (clearly && near >= current_near);
+                let settled = cx.now.since(c.since) > SETTLED;
+                let Some(remote) = self.remotes.iter_mut().find(|r| r.leg == leg) else { return };
+                remote.wins = if better { remote.wins.saturating_add(1) } else { 0 };
+                remote.review = (better && settled && remote.wins < WINS).then(|| cx.now + WIN_GAP);
+                better && (!settled || remote.wins >= WINS)
             }
         };
         if better {
             self.current =
                 Some(Current { leg, since: cx.now, rtt, last_pong: cx.now, last_probe: cx.now, doubt: None });
             self.full_size_lost = false;
+            self.worked_at = self.failures;
             self.failures = 0;
             self.heavy_failures = 0;
+            self.heavy_not_before = None;
+            self.fresh = Fresh::No;
             self.next_round = None;
+            self.next_review = cx.now + REVIEW;
             cx.actions.push_back(Action::Select(leg.direct()));
         }
     }
@@ -869,6 +1006,8 @@ impl PathAgent {
             near,
             open: false,
             heard: false,
+            wins: 0,
+            review: None,
             rtt: None,
             last_sent: None,
             last_pong: None,
@@ -901,5 +1040,209 @@ impl Remote {
         self.proven = None;
         self.last_pong = None;
         self.full_tries = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng;
+    use rand::rngs::StdRng;
+
+    use super::*;
+
+    struct Bench {
+        agent: PathAgent,
+        rng: StdRng,
+        now: Now,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let now = Now::from_millis(1_000);
+            Self { agent: PathAgent::new(true, now), rng: StdRng::seed_from_u64(1), now }
+        }
+
+        fn act<T>(&mut self, act: impl FnOnce(&mut PathAgent, &mut Context<'_, StdRng>) -> T) -> (T, Vec<Action>) {
+            let mut actions = VecDeque::new();
+            let mut cx = Context { now: self.now, rng: &mut self.rng, tx_prefix: [1, 2, 3, 4], actions: &mut actions };
+            let result = act(&mut self.agent, &mut cx);
+            (result, actions.into())
+        }
+
+        fn pass(&mut self, ms: u64) -> Vec<Action> {
+            self.now = self.now + Duration::from_millis(ms);
+            self.act(|agent, cx| agent.tick(Stamps::default(), cx)).1
+        }
+
+        /// The answer to the last probe of data size to this address, `rtt` after now.
+        fn answer(&mut self, actions: &[Action], to: &str, rtt: u64) -> Vec<Action> {
+            let leg = Leg::main(addr(to));
+            let probe = actions.iter().rev().find_map(|a| match a {
+                Action::Probe { txid, to, full_size: true } if *to == leg => Some(*txid),
+                _ => None,
+            });
+            let txid = probe.expect("it was probed");
+            self.now = self.now + Duration::from_millis(rtt);
+            self.act(|agent, cx| agent.heard_answer_to_probe(&txid, leg, true, cx)).1
+        }
+    }
+
+    fn addr(text: &str) -> SocketAddr {
+        text.parse().unwrap()
+    }
+
+    fn offer(text: &str, near: bool, open: bool) -> Offer {
+        Offer { addr: addr(text), near, open }
+    }
+
+    const CLOSED: &str = "203.0.113.9:5000";
+    const OPEN: &str = "198.51.100.1:7000";
+    const NEAR: &str = "192.168.1.7:7000";
+
+    fn probed(actions: &[Action]) -> Vec<(SocketAddr, bool)> {
+        let probe = |a: &Action| match a {
+            Action::Probe { to, full_size, .. } => Some((to.remote, *full_size)),
+            _ => None,
+        };
+        actions.iter().filter_map(probe).collect()
+    }
+
+    fn primed(actions: &[Action]) -> Vec<SocketAddr> {
+        actions.iter().filter_map(|a| if let Action::Prime { to, .. } = a { Some(to.remote) } else { None }).collect()
+    }
+
+    #[test]
+    fn whoever_is_called_opens_its_nat_and_probes_what_needs_no_opening() {
+        let mut bench = Bench::new();
+        let offers = [offer(CLOSED, false, false), offer(OPEN, false, true), offer(NEAR, true, false)];
+        bench.agent.heard_candidates(&offers, NatView::default());
+        bench.act(|agent, cx| agent.heard_call(1, Some(7), false, cx));
+        let (_, actions) = bench.act(|agent, cx| agent.candidates_ready(cx));
+        assert!(matches!(actions[0], Action::Tell { kind: MessageKind::Answer, round: 1, echo: Some(7), .. }));
+        assert_eq!(probed(&actions), [(addr(OPEN), true), (addr(NEAR), true)]);
+        assert_eq!(primed(&actions), [addr(CLOSED)]);
+        assert_eq!(probed(&bench.pass(100)), [], "the rest waits for the go");
+        let (awaited, actions) = bench.act(|agent, cx| agent.heard_go(1, cx));
+        assert!(awaited && probed(&actions).contains(&(addr(CLOSED), true)));
+    }
+
+    fn call(opened: bool) -> (Bench, Vec<Action>) {
+        let mut bench = Bench::new();
+        bench.agent.wake(bench.now);
+        bench.act(|agent, cx| agent.candidates_ready(cx));
+        let asked = bench.now.0;
+        bench.pass(60);
+        bench.agent.heard_candidates(&[offer(CLOSED, false, false)], NatView::default());
+        let answer = HeardAnswer { round: 1, held: Some(10_000), echo: Some(asked), opened };
+        let (heard, actions) = bench.act(|agent, cx| agent.heard_answer(&answer, None, cx));
+        assert!(heard);
+        let go = |a: &Action| matches!(a, Action::Tell { kind: MessageKind::Go, t: Some(50_000), .. });
+        assert!(actions.iter().any(go), "the round trip is told: {actions:?}");
+        (bench, actions)
+    }
+
+    #[test]
+    fn the_caller_starts_at_once_if_the_other_nat_is_open_and_half_a_round_trip_later_if_not() {
+        assert_eq!(probed(&call(true).1), [(addr(CLOSED), true)]);
+        let (mut bench, actions) = call(false);
+        assert_eq!(probed(&actions), []);
+        assert_eq!(probed(&bench.pass(24)), []);
+        assert_eq!(probed(&bench.pass(1)), [(addr(CLOSED), true)]);
+    }
+
+    #[test]
+    fn probes_of_data_size_and_small_ones_alternate() {
+        let (mut bench, first) = call(true);
+        let mut sizes: Vec<bool> = probed(&first).iter().map(|p| p.1).collect();
+        for ms in [20, 30, 50, 100] {
+            sizes.extend(probed(&bench.pass(ms)).iter().map(|p| p.1));
+        }
+        assert_eq!(sizes, [true, false, true, false, true]);
+    }
+
+    #[test]
+    fn two_failed_rounds_ask_for_a_fresh_port_and_its_legs_use_it() {
+        let (mut bench, _) = call(true);
+        for _ in 0..2 {
+            assert!(!bench.agent.wants_fresh_port());
+            bench.pass(2_400);
+            bench.pass(10_000);
+            bench.act(|agent, cx| agent.candidates_ready(cx));
+            if bench.agent.wants_fresh_port() {
+                break;
+            }
+            let answer = HeardAnswer { round: 2, held: None, echo: None, opened: true };
+            bench.agent.heard_candidates(&[offer(CLOSED, false, false)], NatView::default());
+            assert!(bench.act(|agent, cx| agent.heard_answer(&answer, None, cx)).0);
+        }
+        assert!(bench.agent.wants_fresh_port());
+        bench.agent.use_fresh_port(Some(SocketId(9)));
+        bench.agent.heard_candidates(&[offer(CLOSED, false, false), offer(NEAR, true, false)], NatView::default());
+        let answer = HeardAnswer { round: 3, held: None, echo: None, opened: true };
+        let (_, actions) = bench.act(|agent, cx| agent.heard_answer(&answer, None, cx));
+        bench.pass(200);
+        let sockets = |to: &str| -> Vec<SocketId> {
+            let of = |a: &Action| match a {
+                Action::Probe { to: leg, .. } if leg.remote == addr(to) => Some(leg.socket),
+                _ => None,
+            };
+            actions.iter().filter_map(of).collect()
+        };
+        assert!(sockets(CLOSED).iter().all(|s| *s == SocketId(9)), "{actions:?}");
+        assert!(sockets(NEAR).iter().all(|s| *s == SocketId::V4), "{actions:?}");
+    }
+
+    /// A path in use, and another that answered once.
+    fn settled() -> Bench {
+        let (mut bench, first) = call(true);
+        bench.agent.heard_candidates(&[offer(CLOSED, false, false), offer(OPEN, false, false)], NatView::default());
+        let more = bench.pass(50);
+        bench.answer(&first, CLOSED, 0);
+        bench.answer(&more, OPEN, 60);
+        assert_eq!(bench.agent.direct().map(|d| d.0.remote), Some(addr(CLOSED)));
+        bench
+    }
+
+    #[test]
+    fn a_better_path_takes_over_after_three_measurements() {
+        let mut bench = settled();
+        // Its round trip was measured as 50 ms and stays so.
+        let mut measured = 0;
+        for _ in 0..80 {
+            let actions = bench.pass(1_000);
+            if probed(&actions).contains(&(addr(OPEN), true)) {
+                measured += 1;
+                let actions = bench.answer(&actions, OPEN, 20);
+                let selected = actions.contains(&Action::Select(Leg::main(addr(OPEN)).direct()));
+                assert_eq!(selected, measured == 3, "measurement {measured}");
+                if selected {
+                    return;
+                }
+            }
+            // The path in use goes on answering.
+            let alive = probed(&actions).iter().any(|(to, _)| *to == addr(CLOSED));
+            if alive {
+                let last = actions.iter().rev().find_map(|a| match a {
+                    Action::Probe { txid, to, .. } if to.remote == addr(CLOSED) => Some((*txid, *to)),
+                    _ => None,
+                });
+                let (txid, leg) = last.unwrap();
+                bench.now = bench.now + Duration::from_millis(50);
+                bench.act(|agent, cx| agent.heard_answer_to_probe(&txid, leg, false, cx));
+            }
+        }
+        panic!("never changed: {measured} measurements");
+    }
+
+    #[test]
+    fn sockets_that_are_closed_take_their_legs_with_them() {
+        let mut bench = Bench::new();
+        bench.agent.wake(bench.now);
+        let leg = Leg { socket: SocketId(9), remote: addr(CLOSED) };
+        let (_, actions) = bench.act(|agent, cx| agent.heard_probe(leg, false, true, cx));
+        assert_eq!(probed(&actions), [(addr(CLOSED), true)], "a triggered check, from where it came");
+        let Some(Action::Probe { txid, .. }) = actions.first() else { panic!("{actions:?}") };
+        bench.agent.forget_sockets(&[SocketId(9)]);
+        assert!(!bench.agent.sent(txid));
     }
 }

@@ -77,25 +77,30 @@ pub fn why_relayed(mine: &NatView, theirs: &NatView, peer: &str, state: Attempt)
     }
     match (mine.is_hard(), theirs.is_hard()) {
         _ if !hopeless(mine, theirs) => match state {
-            Attempt::Running => "a direct path is being tried".to_owned(),
+            Attempt::Running | Attempt::Heavy => "a direct path is being tried".to_owned(),
             Attempt::Waiting => format!("waiting for {peer} to answer with its addresses"),
-            Attempt::Failed { full_size_lost: true } => {
+            Attempt::Failed { full_size_lost: true, .. } => {
                 "the direct path loses packets of full size, so it is not used".to_owned()
             }
-            Attempt::Failed { full_size_lost: false } => {
+            Attempt::Failed { full_size_lost: false, .. } => {
                 "the last attempt at a direct path was not answered; it will be repeated".to_owned()
             }
         },
-        (true, true) => "both NATs pick a new port for every destination".to_owned(),
-        (true, false) => {
-            format!(
-                "the NAT here picks a new port for every destination and {peer}'s NAT lets in only ports it has sent to"
-            )
-        }
-        (false, _) => {
-            format!(
-                "{peer}'s NAT picks a new port for every destination and the NAT here lets in only ports it has sent to"
-            )
+        (mine, theirs) => {
+            let why = match (mine, theirs) {
+                (true, true) => "both NATs pick a new port for every destination".to_owned(),
+                (true, false) => format!(
+                    "the NAT here picks a new port for every destination and {peer}'s NAT lets in only ports it has sent to"
+                ),
+                (false, _) => format!(
+                    "{peer}'s NAT picks a new port for every destination and the NAT here lets in only ports it has sent to"
+                ),
+            };
+            match state {
+                Attempt::Heavy => format!("{why}; many ports are being tried"),
+                Attempt::Failed { heavy: true, .. } => format!("{why}; many ports were tried, and will be again"),
+                Attempt::Running | Attempt::Waiting | Attempt::Failed { .. } => why,
+            }
         }
     }
 }
@@ -107,10 +112,14 @@ pub enum Attempt {
     Running,
     /// The peer has not answered the call.
     Waiting,
+    /// Many sockets or ports are being tried.
+    Heavy,
     /// A round ended without a path.
     Failed {
         /// Small probes were answered, probes of data size were not.
         full_size_lost: bool,
+        /// Many sockets or ports were tried too.
+        heavy: bool,
     },
 }
 
@@ -163,9 +172,10 @@ mod tests {
     fn the_sentence_names_the_side() {
         let hard = nat(ADDRESS_AND_PORT_DEPENDENT, ADDRESS_AND_PORT_DEPENDENT);
         let easy = nat(ENDPOINT_INDEPENDENT, ADDRESS_AND_PORT_DEPENDENT);
-        let failed = Attempt::Failed { full_size_lost: false };
+        let failed = Attempt::Failed { full_size_lost: false, heavy: false };
         assert_eq!(why_relayed(&hard, &hard, "nas", failed), "both NATs pick a new port for every destination");
         assert!(why_relayed(&hard, &easy, "nas", failed).starts_with("the NAT here picks"));
         assert!(why_relayed(&easy, &hard, "nas", failed).starts_with("nas's NAT picks"));
+        assert!(why_relayed(&easy, &hard, "nas", Attempt::Heavy).ends_with("; many ports are being tried"));
     }
 }

@@ -39,10 +39,18 @@ impl Planner {
     }
 
     fn may_play(&self, id: PeerId, role: Role) -> bool {
+        let Some(talk) = self.peer(id).and_then(|p| p.talk.as_deref()) else { return false };
+        // Where one side lets everybody in, a plain punch comes first.
+        if talk.agent.failures() == 0 && (talk.open || !self.open_addresses().is_empty()) {
+            return false;
+        }
+        if !talk.agent.may_punch_heavily(self.now) {
+            return false;
+        }
         let needed = sockets_for(role, self.nat.ports);
         let is_free = self.heavy.as_ref().is_none_or(|h| h.peer == id);
         let known = !matches!(role, Role::Busy | Role::Unknown);
-        let Some(target) = self.target_of(id) else { return false };
+        let Some(target) = talk.target else { return false };
         let own = self.reflexive.addresses();
         // Two behind one NAT reach each other on its inside, or through it if it hairpins; more sockets change nothing.
         let elsewhere = !own.iter().any(|addr| addr.ip() == target.ip());
@@ -109,10 +117,14 @@ impl Planner {
     /// The shell answered.
     pub(super) fn sockets_opened(&mut self, opened: &[SocketId]) {
         let now = self.now;
+        self.fresh_port_opened(opened);
         let unasked: Vec<SocketId> = opened.iter().copied().filter(|s| !self.extra.contains_key(s)).collect();
         self.close(unasked);
         let Some(heavy) = self.heavy.as_mut() else { return };
         let mine: Vec<SocketId> = heavy.sockets.iter().copied().filter(|s| opened.contains(s)).collect();
+        if heavy.sockets.is_empty() || (mine.is_empty() && !opened.is_empty()) {
+            return; // not the answer to its question
+        }
         heavy.machine.sockets_opened(&mine, now, &mut self.rng);
         self.heavy_due();
     }
@@ -206,7 +218,11 @@ impl Planner {
 
     // ---- sockets -------------------------------------------------------------------------------------------------
 
-    fn allocate_sockets(&mut self, count: u16, id: PeerId) -> Vec<SocketId> {
+    /// Numbers for so many sockets, or for none if there may not be so many.
+    pub(super) fn allocate_sockets(&mut self, count: u16, id: PeerId) -> Vec<SocketId> {
+        if count > self.sockets_left() {
+            return Vec::new();
+        }
         let mut out = Vec::new();
         while out.len() < usize::from(count) {
             self.next_socket = self.next_socket.checked_add(1).unwrap_or(SocketId::V6.0 + 1);
@@ -219,14 +235,19 @@ impl Planner {
         out
     }
 
-    /// Closes the peer's sockets, but for the one in use and those of a punch under way.
+    /// Closes the peer's sockets, but for the one in use, that of the round, and those of a punch under way.
     pub(super) fn release_sockets(&mut self, id: PeerId) {
-        if self.heavy.as_ref().is_some_and(|h| h.peer == id) {
+        if self.extra.is_empty() || self.heavy.as_ref().is_some_and(|h| h.peer == id) {
             return;
         }
-        let in_use = self.peer(id).and_then(|p| p.talk.as_deref()).and_then(|t| t.agent.direct()).map(|d| d.0.socket);
-        let losers: Vec<SocketId> =
-            self.extra.iter().filter(|(s, owner)| **owner == id && Some(**s) != in_use).map(|(s, _)| *s).collect();
+        let talk = self.peer(id).and_then(|p| p.talk.as_deref());
+        let in_use = [
+            talk.and_then(|t| t.agent.direct()).map(|d| d.0.socket),
+            talk.and_then(|t| t.agent.fresh_port()),
+            self.fresh.as_ref().map(|f| f.socket),
+        ];
+        let lost = |(socket, owner): &(&SocketId, &PeerId)| **owner == id && !in_use.contains(&Some(**socket));
+        let losers: Vec<SocketId> = self.extra.iter().filter(lost).map(|(s, _)| *s).collect();
         if losers.is_empty() {
             return;
         }

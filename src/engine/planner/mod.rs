@@ -7,12 +7,14 @@
 //! | `control.rs` | the coordinator's messages; records through the ledger; health of that relation |
 //! | `sessions.rs` | handshakes, timers of WireGuard sessions, when a peer counts as in use |
 //! | `paths.rs` | candidates, rounds, probes; carries out what path agents decide |
+//! | `fresh.rs` | rounds from a fresh port, and what joined two networks before |
 //! | `heavy.rs` | punches with many sockets or ports |
 //! | `limits.rs` | politeness: how much may be sent into the unknown |
 //! | `pings.rs` | `meshd ping` |
 //! | `status.rs` | the status document |
 
 mod control;
+mod fresh;
 mod heavy;
 mod limits;
 mod paths;
@@ -103,6 +105,8 @@ pub enum Why {
     AwaitingStun,
     /// A punch with many sockets or ports.
     Heavy,
+    /// A fresh port for a round.
+    Fresh,
     /// A ping counts as lost.
     Ping(u64),
     /// A request to the coordinator was not answered.
@@ -141,6 +145,8 @@ pub struct Planner {
 
     politeness: limits::Politeness,
     heavy: Option<heavy::HeavyPunch>,
+    fresh: Option<fresh::FreshPort>,
+    memory: fresh::Memory,
     /// Sockets besides the two main ones, asked for or open, and for whom.
     extra: BTreeMap<SocketId, PeerId>,
     next_socket: u16,
@@ -205,6 +211,8 @@ impl Planner {
             next_number: config.first_number,
             politeness: limits::Politeness::new(config.limits, now),
             heavy: None,
+            fresh: None,
+            memory: fresh::Memory::default(),
             extra: BTreeMap::new(),
             next_socket: SocketId::V6.0,
             port_mapping: None,
@@ -306,6 +314,7 @@ impl Planner {
                 Why::StunFresh => self.stun_stale(),
                 Why::AwaitingStun => self.stop_awaiting_stun(false),
                 Why::Heavy => self.heavy_due(),
+                Why::Fresh => self.fresh_due(),
                 Why::Ping(token) => self.ping_lost(token),
                 Why::Control => self.control_due(),
             }

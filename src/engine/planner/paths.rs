@@ -49,6 +49,7 @@ impl Planner {
         for action in actions {
             self.carry_out(id, action);
         }
+        self.release_sockets(id);
         self.advance_path(id);
         Some(result)
     }
@@ -59,6 +60,9 @@ impl Planner {
         let Some(peer) = self.peer(id) else { return };
         let Some(talk) = peer.talk.as_deref() else { return };
         if talk.agent.waits_for_candidates() {
+            if self.awaits_fresh_port(id) {
+                return;
+            }
             let fresh = self.reflexive.is_fresh(now) && !self.reflexive.is_asking();
             if fresh || self.reflexive.is_usable() {
                 if !fresh {
@@ -160,6 +164,9 @@ impl Planner {
             let is_direct = Leg::of_path(&path).is_some();
             tracing::info!(peer = id.0, path = if is_direct { "direct" } else { "relay" }, "path changed");
             self.outputs.push_back(Output::Event(Event::PathChanged { peer: id, key, path }));
+            if is_direct {
+                self.remember_success(id);
+            }
             if is_direct && self.heavy.as_ref().is_some_and(|h| h.peer == id) {
                 self.stop_heavy();
             }
@@ -192,7 +199,8 @@ impl Planner {
         punch: Option<Punch>,
     ) {
         let introduces = matches!(kind, MessageKind::Call | MessageKind::Answer);
-        let candidates = if introduces { self.candidates() } else { Vec::new() };
+        let fresh = self.peer(id).and_then(|p| p.talk.as_deref()).is_some_and(|t| t.agent.fresh_port().is_some());
+        let candidates = if introduces { self.candidates_for(id) } else { Vec::new() };
         if introduces {
             self.locate(id);
         }
@@ -214,6 +222,7 @@ impl Planner {
             udp: self.nat.udp,
             ports: self.nat.ports,
             primed: (kind == MessageKind::Answer && self.politeness.limits.prime_ttl.is_some()).then_some(true),
+            fresh: (kind == MessageKind::Call && fresh).then_some(true),
             punch,
         };
         let mut nonce = [0u8; 24];
@@ -234,6 +243,16 @@ impl Planner {
             self.port_v6,
             &self.mesh,
         )
+    }
+
+    /// The same as the peer is told them: with a round's fresh port in place of the main one.
+    fn candidates_for(&self, id: PeerId) -> Vec<Candidate> {
+        let talk = self.peer(id).and_then(|p| p.talk.as_deref());
+        let Some(talk) = talk.filter(|t| t.agent.fresh_port().is_some()) else { return self.candidates() };
+        let v6 = self.reflexive.addresses().into_iter().filter(SocketAddr::is_ipv6);
+        let reflexive: Vec<SocketAddr> = talk.fresh_addresses.iter().copied().chain(v6).collect();
+        let mapped = self.port_mapping.as_ref().map(|m| m.external);
+        gather(mapped, &reflexive, &self.addresses, self.port_v4, self.port_v6, &self.mesh)
     }
 
     // ---- what comes from peers -----------------------------------------------------------------------------------
@@ -278,6 +297,7 @@ impl Planner {
             let outlook = hopeless(&self.nat, &theirs);
             if let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) {
                 talk.target = target;
+                talk.open = !open.is_empty();
             }
             self.with_agent(id, |agent, _, _| {
                 agent.heard_candidates(&offers, theirs);
@@ -286,7 +306,9 @@ impl Planner {
         }
         match message.kind {
             MessageKind::Call => {
-                self.with_agent(id, |agent, _, cx| agent.heard_call(message.round, message.t, cx));
+                self.with_agent(id, |agent, _, cx| {
+                    agent.heard_call(message.round, message.t, message.fresh == Some(true), cx)
+                });
                 self.want(id, IN_USE_COMMAND);
             }
             MessageKind::Answer => self.heard_answer(id, &message),
@@ -492,7 +514,9 @@ impl Planner {
     /// True: it was the answer to a question of ours.
     fn handle_stun_answer(&mut self, from: SocketAddr, bytes: &[u8]) -> bool {
         let Ok(response) = stun::decode_binding_response(bytes) else { return false };
-        if self.heavy_heard_stun(&response.txid, response.mapped) {
+        if self.heavy_heard_stun(&response.txid, response.mapped)
+            || self.fresh_port_heard(&response.txid, from, response.mapped)
+        {
             return true;
         }
         let Some(answered) = self.reflexive.answer(&response.txid, from, response.mapped, self.now) else {

@@ -48,10 +48,14 @@ impl Planner {
             return;
         }
         let remembered = self.peer(id).and_then(|p| self.last_endpoints.get(&p.wg).copied());
+        let attempt = self.worked_before(id);
         let Some(peer) = self.peer_mut(id) else { return };
         peer.traffic.watched.store(true, Ordering::Relaxed);
         let Some(talk) = peer.talk.as_deref_mut() else { return };
         let was_wanted = talk.is_wanted(now);
+        if let Some(attempt) = attempt.filter(|_| !was_wanted) {
+            talk.agent.begin_with(attempt);
+        }
         talk.wanted_until = talk.wanted_until.max(now + time);
         talk.agent.wake(now);
         let until = talk.wanted_until;

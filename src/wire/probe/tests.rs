@@ -38,6 +38,7 @@ fn message() -> PeerMessage {
         udp: Some(true),
         ports: None,
         primed: None,
+        fresh: None,
         punch: None,
     }
 }
