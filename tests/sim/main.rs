@@ -88,6 +88,8 @@ fn replay_one() {
     let Some(line) = replay() else { return };
     if let Some(line) = line.strip_prefix("punch ") {
         say(&format!("{:?}", puncher::punch(&line.parse().unwrap(), true)));
+    } else if let Some(line) = line.strip_prefix("hard ") {
+        say(&hard::replay(line));
     } else if let Some((kind, name, seed)) = named(&line) {
         match kind {
             "story" => stories::run(name, seed),
@@ -95,8 +97,6 @@ fn replay_one() {
             "budget" => budget::run(name, seed),
             _ => panic!("no kind of run is called {kind:?}"),
         }
-    } else if let Some(line) = line.strip_prefix("hard ") {
-        say(&hard::replay(line));
     } else {
         say(&format!("{:?}", matrix::run(&line.parse().unwrap())));
     }

@@ -295,6 +295,11 @@ impl PathAgent {
         }
     }
 
+    /// The number of the round under way or the last one, the same on both sides.
+    pub(crate) const fn round(&self) -> u32 {
+        self.round
+    }
+
     /// How many rounds failed since there was a path, or since the network changed.
     pub(crate) const fn failures(&self) -> usize {
         self.failures

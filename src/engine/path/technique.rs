@@ -26,8 +26,9 @@ pub(crate) const BLOCK_SOCKETS: u16 = 32;
 pub(crate) const RANDOM_SOCKETS: u16 = 256;
 /// Ports tried at most: twice 1,024, which finds one of 256 sockets in 64,512 ports with 99.97 %.
 pub(crate) const MOST_SCANNED: usize = 2048;
-/// Flows of one side when both count.
+/// Flows of one side when both count, at least and at most.
 pub(crate) const STRIDE_FLOWS: u16 = 96;
+pub(crate) const MOST_STRIDE_FLOWS: u16 = 160;
 /// Flows of one side when both draw from blocks.
 pub(crate) const GRID_FLOWS: u16 = 1900;
 /// Flows of the counting side into the other's block.

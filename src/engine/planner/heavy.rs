@@ -21,6 +21,8 @@ use crate::wire::stun::{self, Change, TransactionId};
 #[derive(Debug)]
 pub(super) struct HeavyPunch {
     pub(super) peer: PeerId,
+    /// Of the calls it belongs to.
+    round: u32,
     machine: Heavy,
     /// Sockets asked for.
     sockets: Vec<SocketId>,
@@ -87,7 +89,8 @@ impl Planner {
             self.outputs.push_back(Output::OpenSockets(sockets.clone()));
         }
         tracing::debug!(peer = id.0, ?role, sockets = sockets.len(), "punching with many sockets or ports");
-        self.heavy = Some(HeavyPunch { peer: id, machine: Heavy::new(setting, self.now), sockets });
+        let round = self.round_with(id);
+        self.heavy = Some(HeavyPunch { peer: id, round, machine: Heavy::new(setting, self.now), sockets });
         self.with_agent(id, |agent, _, _| agent.heavy_began());
         self.schedule_heavy();
     }
@@ -103,9 +106,10 @@ impl Planner {
     }
 
     /// What the peer learned for the punch under way.
-    pub(super) fn heard_punch(&mut self, id: PeerId, punch: Punch) {
+    pub(super) fn heard_punch(&mut self, id: PeerId, round: u32, punch: Punch) {
         let now = self.now;
-        let Some(heavy) = self.heavy.as_mut().filter(|h| h.peer == id) else { return };
+        // What an earlier punch learned was for other addresses.
+        let Some(heavy) = self.heavy.as_mut().filter(|h| h.peer == id && h.round == round) else { return };
         if punch.role == Role::Busy {
             self.stop_heavy();
             return;
@@ -213,7 +217,14 @@ impl Planner {
     }
 
     fn tell_punch(&mut self, id: PeerId, punch: Punch) {
-        self.tell(id, MessageKind::Ports, 0, None, None, Some(punch));
+        // The call may have been repeated meanwhile; what was learned belongs to the one before.
+        let of_punch = self.heavy.as_ref().filter(|h| h.peer == id && punch.role != Role::Busy).map(|h| h.round);
+        let round = of_punch.unwrap_or_else(|| self.round_with(id));
+        self.tell(id, MessageKind::Ports, round, None, None, Some(punch));
+    }
+
+    fn round_with(&self, id: PeerId) -> u32 {
+        self.peer(id).and_then(|p| p.talk.as_deref()).map_or(0, |t| t.agent.round())
     }
 
     // ---- sockets -------------------------------------------------------------------------------------------------

@@ -321,7 +321,7 @@ impl Planner {
             }
             MessageKind::Ports => {
                 if let Some(punch) = message.punch {
-                    self.heard_punch(id, punch);
+                    self.heard_punch(id, message.round, punch);
                 }
             }
         }

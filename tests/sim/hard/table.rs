@@ -210,12 +210,38 @@ mod tests {
         }
     }
 
+    /// One datagram in twenty is lost, each way, also to the STUN servers and on the relay's TCP.
     #[test]
-    fn explore() {
-        let Ok(pairs) = std::env::var("PAIR") else { return };
-        let n = std::env::var("N").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
-        for pair in pairs.split_whitespace() {
-            crate::say(&format!("{pair}: {}", measure(pair.split_once(',').unwrap(), n)));
+    fn hard_pairs_meet_on_a_lossy_internet() {
+        for row in ROWS.iter().filter(|row| row.packets.is_some() || row.packets_a_side.is_some()) {
+            let (a, b) = row.pairs[0];
+            let s = Scenario { seed: 1, loss: 5, ..Scenario::pair(a.parse().unwrap(), b.parse().unwrap()) };
+            let cell = Cell::measure(&s, 12, Duration::from_secs(30));
+            assert!(cell.within(Duration::from_secs(30)) >= 100.0, "{}: {cell}", row.name);
+            assert!(cell.percentile(50).is_some_and(|t| t < Duration::from_secs(2)), "{}: {cell}", row.name);
+        }
+    }
+
+    /// Nobody spoke for ten minutes, so that every NAT has forgotten what its STUN servers were told.
+    #[test]
+    fn after_a_long_silence() {
+        for (a, b, within_ms) in [
+            ("eim+apdf", "eim+apdf", 200),
+            ("linux", "linux", 150),
+            ("eim+eif", "eim+apdf", 250),
+            ("eim+adf", "apdm+apdf", 250),
+            ("apdm+apdf+seq+foreign200", "eim+apdf", 500),
+        ] {
+            for seed in 0..RUNS {
+                let s = Scenario { seed, ..Scenario::pair(a.parse().unwrap(), b.parse().unwrap()) };
+                let (mut sim, _, a, b) = stage(&s);
+                sim.run_for(Duration::from_secs(600));
+                let (a, b) = if seed % 2 == 0 { (a, b) } else { (b, a) };
+                sim.ping(a, b, 40, Duration::from_millis(50));
+                let both = |s: &crate::sim::Sim| s.is_surely_direct(a, b) && s.is_surely_direct(b, a);
+                assert!(sim.run_until(Duration::from_millis(within_ms), both), "{s}: {:?}", sim.peer_status(a, b).path);
+                sim.finish();
+            }
         }
     }
 }
