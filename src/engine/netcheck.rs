@@ -20,9 +20,11 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::engine::path::ports::{self, Sample};
+use crate::engine::path::technique::sockets_for;
 use crate::time::Now;
 use crate::wire::local::{self, NetcheckServer};
 use crate::wire::nat::PortModel;
+use crate::wire::probe::Role;
 use crate::wire::stun::{self, BindingResponse, Change, StunError, TransactionId};
 
 /// The longest a check takes: two rounds of questions, then two bursts.
@@ -105,6 +107,7 @@ pub struct Netcheck {
     chosen: [Option<Chosen>; 2],
     local: Vec<IpAddr>,
     local_ports: BTreeMap<SocketSlot, u16>,
+    extra_sockets: u16,
     bursts: Option<Bursts>,
     hairpin: Option<Hairpin>,
     now: Now,
@@ -211,6 +214,7 @@ impl Netcheck {
             chosen: [None; 2],
             local: Vec::new(),
             local_ports: BTreeMap::new(),
+            extra_sockets: 0,
             bursts: None,
             hairpin: None,
             now,
@@ -225,6 +229,12 @@ impl Netcheck {
     /// The machine's own addresses, so that the report can tell that there is no NAT.
     pub fn set_local_addresses(&mut self, addresses: Vec<IpAddr>) {
         self.local = addresses;
+    }
+
+    /// How many sockets the node may open for hard punches ([`crate::engine::planner::Limits`]), so that the report can tell what
+    /// comes of them. Optional: none.
+    pub const fn set_extra_sockets(&mut self, count: u16) {
+        self.extra_sockets = count;
     }
 
     /// The port a slot's socket is bound to, so that the report can tell that the NAT keeps ports. Optional.
@@ -543,6 +553,25 @@ impl Netcheck {
             (false, Some(Behaviour::EndpointIndependent)) => {
                 "Your NAT keeps one port for all destinations: direct connections work with most peers."
             }
+            (false, Some(Behaviour::AddressDependent | Behaviour::AddressAndPortDependent))
+                if port_model.is_some_and(|model| sockets_for(Role::Opens, Some(model)) <= self.extra_sockets) =>
+            {
+                match port_model {
+                    Some(PortModel::Random) => {
+                        "Your NAT uses another port for each destination, drawn at random: direct connections work with \
+                         peers whose NAT keeps its port, at the price of up to 2,600 small packets; the others are reached \
+                         through the relay."
+                    }
+                    Some(PortModel::Block { .. }) => {
+                        "Your NAT uses another port for each destination, out of a small block: direct connections work \
+                         with most peers, at the price of some hundred small packets."
+                    }
+                    _ => {
+                        "Your NAT uses another port for each destination, but in an order that can be foreseen: direct \
+                         connections work with most peers."
+                    }
+                }
+            }
             (false, Some(Behaviour::AddressDependent | Behaviour::AddressAndPortDependent)) => {
                 "Your NAT uses another port for each destination: direct connections work only with peers whose NAT is \
                  easier, the others are reached through the relay."
@@ -738,6 +767,21 @@ mod tests {
                 assert_eq!(report.hairpin, None, "not asked");
             }
         }
+    }
+
+    #[test]
+    fn what_a_hard_nat_means_depends_on_the_sockets_there_may_be() {
+        let mut check = Netcheck::new(vec!["203.0.113.1:3478".parse().unwrap()], 1, Now::ZERO);
+        let mut meaning = |sockets, model| {
+            check.set_extra_sockets(sockets);
+            check.meaning(true, true, &[], Some(AddressAndPortDependent), Some(AddressAndPortDependent), Some(model))
+        };
+        let counting = PortModel::Sequential { step: 1, per_second: 3 };
+        assert!(meaning(0, counting).contains("only with peers whose NAT is easier"));
+        assert!(meaning(8, counting).contains("can be foreseen"));
+        assert!(meaning(8, PortModel::Random).contains("only with peers whose NAT is easier"));
+        assert!(meaning(256, PortModel::Random).contains("drawn at random"));
+        assert!(meaning(32, PortModel::Block { low: 1, high: 9 }).contains("small block"));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use crate::engine::io::LocalAddress;
+use crate::engine::path::reason::NatView;
 use crate::wire::probe::{Candidate, CandidateKind, MAX_CANDIDATES};
 
 /// The candidates to tell peers. An address that is the machine's own and also what servers see is listed as both: there is no
@@ -60,6 +61,20 @@ pub fn on_link(addr: &SocketAddr, local: &[LocalAddress]) -> bool {
     local.iter().any(|a| IpNet::new(a.ip, a.prefix_len).is_ok_and(|net| net.contains(&addr.ip())))
 }
 
+/// The candidates that let everybody in: mapped ports, all behind a NAT that filters nothing, and public addresses that are
+/// the machine's own, unless they are known to be filtered.
+pub(crate) fn open_among(candidates: &[Candidate], nat: &NatView) -> Vec<SocketAddr> {
+    let is = |kind: CandidateKind, addr: &SocketAddr| candidates.iter().any(|c| c.kind == kind && c.addr == *addr);
+    let of_kind = |kind: CandidateKind| candidates.iter().filter(move |c| c.kind == kind).map(|c| c.addr);
+    let mut open: Vec<SocketAddr> = of_kind(CandidateKind::Mapped).collect();
+    if !nat.is_hard() {
+        let filters_nothing = nat.filters_nothing();
+        let public = |addr: &SocketAddr| nat.filtering.is_none() && is(CandidateKind::Host, addr);
+        open.extend(of_kind(CandidateKind::Reflexive).filter(|addr| filters_nothing || public(addr)));
+    }
+    open
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -85,6 +100,26 @@ mod tests {
         ] {
             assert!(!usable(&bad.parse().unwrap(), &mesh), "{bad}");
         }
+    }
+
+    #[test]
+    fn who_lets_everybody_in() {
+        let candidate = |addr: &str, kind| Candidate { addr: addr.parse().unwrap(), kind };
+        let seen = candidate("203.0.113.7:1", CandidateKind::Reflexive);
+        let own = candidate("203.0.113.7:1", CandidateKind::Host);
+        let mapped = candidate("100.64.0.9:2", CandidateKind::Mapped);
+        let nat = |mapping: Option<&str>, filtering: Option<&str>| NatView {
+            mapping: mapping.map(Into::into),
+            filtering: filtering.map(Into::into),
+            ..NatView::default()
+        };
+        let (kept, changing) = (Some("endpoint-independent"), Some("address-and-port-dependent"));
+        assert_eq!(open_among(&[seen, mapped], &nat(changing, changing)), [mapped.addr]);
+        assert_eq!(open_among(&[seen], &nat(kept, kept)), [seen.addr], "full cone");
+        assert_eq!(open_among(&[seen], &nat(changing, kept)), [], "which port would it be?");
+        assert_eq!(open_among(&[seen, own], &nat(kept, None)), [seen.addr], "no NAT, and no firewall known");
+        assert_eq!(open_among(&[seen, own], &nat(kept, changing)), [], "a firewall");
+        assert_eq!(open_among(&[seen], &nat(kept, None)), []);
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //! | `fresh.rs` | rounds from a fresh port, and what joined two networks before |
 //! | `heavy.rs` | punches with many sockets or ports |
 //! | `limits.rs` | politeness: how much may be sent into the unknown |
+//! | `stun.rs` | the node's own addresses and its NAT |
 //! | `pings.rs` | `meshd ping` |
 //! | `status.rs` | the status document |
 
@@ -21,6 +22,7 @@ mod paths;
 mod pings;
 mod sessions;
 mod status;
+mod stun;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};

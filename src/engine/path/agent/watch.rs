@@ -1,0 +1,142 @@
+//! The watch over the path in use: is it alive, and is there a better one?
+
+use rand::Rng;
+
+use super::*;
+
+impl PathAgent {
+    /// Is there a better path than the one in use?
+    pub(super) fn review<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        let now = cx.now;
+        let Some(current) = self.current.filter(|c| self.awake && c.doubt.is_none()) else { return };
+        let all = self.next_review <= now;
+        if all {
+            self.next_review = now + REVIEW;
+        }
+        let due = |r: &&mut Remote| {
+            let due = r.review.is_some_and(|at| at <= now) || (all && r.rtt.is_some());
+            due && r.leg != current.leg
+        };
+        let legs: Vec<Leg> = self
+            .remotes
+            .iter_mut()
+            .filter(due)
+            .take(REVIEWED)
+            .map(|r| {
+                r.review = None;
+                r.leg
+            })
+            .collect();
+        for leg in legs {
+            self.probe(leg, true, cx);
+        }
+    }
+
+    /// Is the path in use alive?
+    pub(super) fn watch<R: Rng>(&mut self, stamps: Stamps, cx: &mut Context<'_, R>) {
+        let now = cx.now;
+        let Some(current) = self.current else { return };
+        let heard = current.last_pong.max(stamps.last_rx_direct.unwrap_or(Now::ZERO));
+        match current.doubt {
+            None => {
+                let quiet = (current.rtt * QUIET_RTTS).max(QUIET_MIN);
+                let sending_into_silence = stamps.last_tx.is_some_and(|tx| tx > heard && now.since(heard) > quiet);
+                // The peer's packets come (also) by the relay although ours go directly: it does not hear us here. Those
+                // that were under way when the path was chosen do not count.
+                let peer_doubts = stamps.last_rx_relay.max(stamps.last_copy_relay).is_some_and(|rx| {
+                    rx > current.since + UNDER_WAY && now.since(rx) < quiet && rx > current.last_pong
+                });
+                let keepalive_due = self.awake && now.since(current.last_probe.max(current.last_pong)) >= KEEPALIVE;
+                if peer_doubts {
+                    self.doubt(true, true, now);
+                    cx.actions.push_back(Action::Select(current.leg.both()));
+                    self.probe(current.leg, false, cx);
+                } else if sending_into_silence {
+                    self.doubt(false, false, now);
+                    self.probe(current.leg, false, cx);
+                } else if keepalive_due {
+                    self.probe(current.leg, false, cx);
+                    // An unanswered keepalive must raise doubt too.
+                    self.doubt(false, false, now);
+                }
+            }
+            // A doubt is settled by an answer to a probe; one of our own also by data that came after it arose.
+            Some(doubt) if heard > doubt.since && !doubt.theirs => {
+                if let Some(c) = &mut self.current {
+                    c.doubt = None;
+                }
+                if doubt.both {
+                    cx.actions.push_back(Action::Select(current.leg.direct()));
+                }
+            }
+            Some(doubt) => {
+                let patience = DOUBT_AFTER.max(current.rtt * 2);
+                if now.since(doubt.since) >= DEAD_AFTER.max(current.rtt * 5) {
+                    self.lost(cx);
+                    return;
+                }
+                if !doubt.both && now.since(doubt.since) >= patience {
+                    self.doubt(true, doubt.theirs, now);
+                    cx.actions.push_back(Action::Select(current.leg.both()));
+                }
+                if now.since(current.last_probe) >= DOUBT_PROBE_GAP {
+                    self.probe(current.leg, false, cx);
+                }
+            }
+        }
+    }
+
+    pub(super) fn doubt(&mut self, both: bool, theirs: bool, now: Now) {
+        if let Some(current) = &mut self.current {
+            let since = current.doubt.map_or(now, |d| d.since);
+            current.doubt = Some(Doubt { since, both, theirs });
+        }
+    }
+
+    fn lost<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        let Some(current) = self.current.take() else { return };
+        self.remotes.retain(|r| r.leg != current.leg);
+        for remote in &mut self.remotes {
+            remote.forget();
+        }
+        cx.actions.push_back(Action::Select(Path::Relay));
+        self.failures = 0;
+        self.full_size_lost = false;
+        if matches!(self.stage, Stage::Idle) {
+            self.next_round = Some(cx.now + Duration::from_millis(if self.wins_ties { 50 } else { 400 }));
+        }
+    }
+
+    /// A path is proven both ways: is it the one to use?
+    pub(super) fn consider<R: Rng>(&mut self, leg: Leg, rtt: Duration, cx: &mut Context<'_, R>) {
+        let near = self.remotes.iter().any(|r| r.leg == leg && r.near);
+        let better = match &self.current {
+            None => true,
+            Some(c) if c.leg == leg => false,
+            Some(c) if c.doubt.is_some() => true,
+            Some(c) => {
+                let current_near = self.remotes.iter().any(|r| r.leg == c.leg && r.near);
+                let clearly = rtt + BETTER_BY < c.rtt && rtt * 100 < c.rtt * (100 - BETTER_PERCENT);
+                let better = (near && !current_near && rtt <= c.rtt + BETTER_BY) || (clearly && near >= current_near);
+                let settled = cx.now.since(c.since) > SETTLED;
+                let Some(remote) = self.remotes.iter_mut().find(|r| r.leg == leg) else { return };
+                remote.wins = if better { remote.wins.saturating_add(1) } else { 0 };
+                remote.review = (better && settled && remote.wins < WINS).then(|| cx.now + WIN_GAP);
+                better && (!settled || remote.wins >= WINS)
+            }
+        };
+        if better {
+            self.current =
+                Some(Current { leg, since: cx.now, rtt, last_pong: cx.now, last_probe: cx.now, doubt: None });
+            self.full_size_lost = false;
+            self.worked_at = self.failures;
+            self.failures = 0;
+            self.heavy_failures = 0;
+            self.heavy_not_before = None;
+            self.fresh = Fresh::No;
+            self.next_round = None;
+            self.next_review = cx.now + REVIEW;
+            cx.actions.push_back(Action::Select(leg.direct()));
+        }
+    }
+}
