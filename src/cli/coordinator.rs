@@ -13,6 +13,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::cli::Global;
 use crate::cli::error::CliError;
+use crate::cli::size;
 use crate::os::process;
 use crate::server::{Config, RelayLimits, Server, Tls, admin, state_dir, store};
 use crate::wire::version;
@@ -39,7 +40,7 @@ pub struct Args {
     /// TCP address and port for control and relay [default: [::]:443 as root, [::]:8443 otherwise]
     #[arg(long, value_name = "ADDR:PORT", value_parser = parse_address)]
     listen: Option<SocketAddr>,
-    /// UDP address and port for STUN, or none. Two are needed to tell kinds of NAT apart [default: [::]:3478,[::]:3479]
+    /// UDP address and port for STUN and the relay, or none. Two are needed to tell kinds of NAT apart [default: [::]:3478,[::]:3479]
     #[arg(long, value_name = "ADDR:PORT", value_delimiter = ',', value_parser = parse_stun)]
     stun_listen: Vec<StunListen>,
     /// The URL under which other machines reach this one; tokens carry it [default: made of the listening address]
@@ -60,6 +61,12 @@ pub struct Args {
     /// Its key, a PEM file
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     tls_key: Option<PathBuf>,
+    /// Relay at most so many bytes per second, shared equally by the pairs of machines, as in 10MB
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    relay_rate: Option<u64>,
+    /// Relay at most so many bytes a month (UTC), as in 1TB; then only what machines need to connect, and small packets
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    relay_monthly: Option<u64>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -123,7 +130,7 @@ impl Args {
             state_dir: self.state_dir(),
             store: self.store.as_deref().map(store::path_from_url).transpose()?,
             tls,
-            relay: RelayLimits::default(),
+            relay: RelayLimits { rate: self.relay_rate, monthly: self.relay_monthly },
         })
     }
 
@@ -298,6 +305,9 @@ mod tests {
         assert_eq!(config.listen, "[::]:9000".parse().unwrap());
         assert_eq!(config.stun.len(), 3);
         assert_eq!(config.tls, Tls::Off);
+        let limits =
+            parse("meshd coordinator --relay-rate 12.5MB --relay-monthly 1TB").unwrap().0.config().unwrap().relay;
+        assert_eq!(limits, RelayLimits { rate: Some(12_500_000), monthly: Some(1_000_000_000_000) });
         assert!(parse("meshd coordinator --stun-listen none").unwrap().0.config().unwrap().stun.is_empty());
         let config = parse("meshd coordinator --store sqlite:///x/y.db").unwrap().0.config().unwrap();
         assert_eq!(config.store, Some("/x/y.db".into()));
@@ -311,6 +321,8 @@ mod tests {
             "meshd coordinator --stun-listen 3478",
             "meshd coordinator --tls maybe",
             "meshd coordinator --tls-cert x",
+            "meshd coordinator --relay-rate 100Mbit",
+            "meshd coordinator --relay-monthly 0",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

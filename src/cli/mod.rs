@@ -19,6 +19,7 @@ mod netcheck;
 pub mod output;
 mod ping;
 mod remove;
+mod size;
 mod status;
 mod up;
 mod version;
