@@ -122,6 +122,9 @@ fn head(status: &Status) -> String {
         |s| format!(", last heard {} ago", seconds(whole_seconds(s))),
     );
     let link = match (status.coordinator.connected, status.coordinator.relay_connected) {
+        (true, true) if status.coordinator.relay.as_deref() == Some("udp") => {
+            paint("connected, relaying by UDP", GREEN)
+        }
         (true, true) => paint("connected", GREEN),
         (true, false) => paint("connected, relay not", YELLOW),
         (false, _) => paint(&format!("not connected{heard}"), YELLOW),

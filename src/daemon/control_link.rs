@@ -9,8 +9,10 @@ use tokio::time::Instant;
 
 use crate::daemon::links::{Backoff, Bells, Coordinator, broken};
 use crate::daemon::problem;
+use crate::daemon::relay_carrier::{OPEN_RELAY, RelayCarrier};
 use crate::engine::io::Input;
 use crate::link::{ControlLink, LinkError, close, connect_control};
+use crate::os::clock;
 use crate::wire::control::{ToCoordinator, ToNode};
 use crate::wire::local::Problem;
 
@@ -51,13 +53,14 @@ impl ControlHandle {
 pub(super) fn start(
     coordinator: Arc<Coordinator>,
     planner: mpsc::Sender<Input>,
+    relay: ForRelay,
     bells: Bells,
 ) -> (ControlHandle, tokio::task::JoinHandle<()>) {
     let (outgoing, messages) = mpsc::channel(QUEUE);
     let (rtt, rtt_asks) = mpsc::channel(RTT_ASKS);
     let (problem, shown) = watch::channel(None);
     let reset = Arc::new(tokio::sync::Notify::new());
-    let keeper = Keeper { coordinator, planner, bells, messages, rtt_asks, reset: Arc::clone(&reset), problem };
+    let keeper = Keeper { coordinator, planner, bells, messages, rtt_asks, reset: Arc::clone(&reset), problem, relay };
     (ControlHandle { outgoing, reset, rtt, problem: shown }, tokio::spawn(keeper.run()))
 }
 
@@ -69,6 +72,16 @@ struct Keeper {
     rtt_asks: mpsc::Receiver<oneshot::Sender<Duration>>,
     reset: Arc<tokio::sync::Notify>,
     problem: watch::Sender<Option<Problem>>,
+    relay: ForRelay,
+}
+
+/// Where what concerns the relay's UDP port goes: not to the planner.
+#[derive(Debug)]
+pub(super) struct ForRelay {
+    /// Hears of the link.
+    pub(super) carrier: Arc<RelayCarrier>,
+    /// Answers to [`OPEN_RELAY`].
+    pub(super) answers: mpsc::Sender<ToNode>,
 }
 
 impl Keeper {
@@ -92,7 +105,10 @@ impl Keeper {
                     if self.planner.send(Input::ControlUp).await.is_err() {
                         return;
                     }
-                    match self.carry(link).await {
+                    self.relay.carrier.with(|c| c.control(true, clock::now()));
+                    let ended = self.carry(link).await;
+                    self.relay.carrier.with(|c| c.control(false, clock::now()));
+                    match ended {
                         Some(why) => why,
                         None => return,
                     }
@@ -141,6 +157,13 @@ impl Keeper {
                             // Nobody waits any more: fine.
                             let _ = tell.send(sent.elapsed());
                         }
+                        Ok(())
+                    }
+                    Ok(Some(
+                        message @ (ToNode::RelayOpened { .. } | ToNode::Refused { re: OPEN_RELAY, .. }),
+                    )) => {
+                        // Full: it answers a question that has been given up.
+                        let _ = self.relay.answers.try_send(message);
                         Ok(())
                     }
                     Ok(Some(message)) => {

@@ -208,7 +208,9 @@ impl Api {
             interface: self.interface.clone(),
             health: self.health.list(),
         };
-        self.planner.with(move |planner, now| planner.status(shell, now)).await
+        let mut status = self.planner.with(move |planner, now| planner.status(shell, now)).await?;
+        status.coordinator.relay = self.relay.carrier().name();
+        Ok(status)
     }
 
     async fn client(&self, stream: UnixStream) -> io::Result<()> {

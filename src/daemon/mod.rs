@@ -27,6 +27,7 @@ mod netcheck;
 mod node;
 mod outbox;
 mod planner_task;
+mod relay_carrier;
 mod relay_thread;
 mod stop;
 pub mod store;

@@ -20,6 +20,7 @@ use tokio::time::timeout;
 
 use crate::daemon::apply::{self, Surroundings, range_clash};
 use crate::daemon::background::{Reporter, decode};
+use crate::daemon::control_link::ForRelay;
 use crate::daemon::desk::LinkDesks;
 use crate::daemon::health::Health;
 use crate::daemon::join::{self, Membership, Wish};
@@ -27,6 +28,7 @@ use crate::daemon::links::{Bells, Coordinator};
 use crate::daemon::local_api::{Api, Parts, Socket};
 use crate::daemon::outbox::{Notices, Outbox};
 use crate::daemon::planner_task::{self, ToStore, Wiring};
+use crate::daemon::relay_carrier::{self, RelayCarrier};
 use crate::daemon::relay_thread::{self, Delivery};
 use crate::daemon::stop::{Reason, Stopper};
 use crate::daemon::store::{Endpoint, State, Store};
@@ -205,7 +207,10 @@ impl Node {
         let (stop, stopped) = watch::channel(false);
         let bells = || Bells { nudge: Arc::new(Notify::new()), stop: stopped.clone() };
         let (control_bells, relay_bells) = (bells(), bells());
-        let nudge = vec![Arc::clone(&control_bells.nudge), Arc::clone(&relay_bells.nudge)];
+        let carrier_nudge = Arc::new(Notify::new());
+        let nudge = vec![Arc::clone(&control_bells.nudge), Arc::clone(&relay_bells.nudge), Arc::clone(&carrier_nudge)];
+        let carrier = Arc::new(RelayCarrier::default());
+        let (answers, relay_answers) = mpsc::channel(relay_carrier::ANSWERS);
         let coordinator =
             Arc::new(Coordinator { urls: network.urls.clone(), key: network.coordinator, secret: control_secret });
         let delivery = Delivery { queue: relayed, wake: wake.clone() };
@@ -213,11 +218,28 @@ impl Node {
             Arc::clone(&coordinator),
             handle.inputs.clone(),
             delivery,
+            Arc::clone(&carrier),
+            Arc::clone(&sockets),
             Arc::clone(&drops),
             relay_bells,
         )
         .map_err(|e| thread_problem(&e))?;
-        let (control, control_task) = control_link::start(coordinator, handle.inputs.clone(), control_bells);
+        let (control, control_task) = control_link::start(
+            coordinator,
+            handle.inputs.clone(),
+            ForRelay { carrier: Arc::clone(&carrier), answers },
+            control_bells,
+        );
+        let carrier_driver = relay_carrier::Driver {
+            shared: carrier,
+            sockets: Arc::clone(&sockets),
+            control: control.clone(),
+            relay: relay.clone(),
+            planner: handle.inputs.clone(),
+            url: network.urls.first().cloned().unwrap_or_default(),
+            answers: relay_answers,
+            nudge: carrier_nudge,
+        };
 
         // The data thread; when it ends by itself, so does the daemon.
         let data_stop = Arc::new(AtomicBool::new(false));
@@ -307,6 +329,7 @@ impl Node {
             tokio::spawn(resolver),
             tokio::spawn(checker),
             tokio::spawn(expelled),
+            tokio::spawn(carrier_driver.run()),
             data_watch,
             planner_task,
         ];

@@ -8,16 +8,18 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use crate::daemon::relay_carrier::RelayCarrier;
 use crate::daemon::relay_thread::RelayHandle;
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Notice, PeerId, SocketId, Via};
 use crate::engine::packet::{Destination, InboundSink, OutboundSink};
 use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS};
 use crate::os::tun::Tun;
-use crate::os::udp::{Outgoing, PIECES, Sender, UdpSockets};
+use crate::os::udp::{Outgoing, PIECES, SendError, Sender, UdpSockets};
 use crate::time::Now;
 use crate::wire::keys::WgKey;
 use crate::wire::offload::Merger;
+use crate::wire::relay_udp::HEADER;
 
 /// Bytes of datagrams that one turn may produce: 128 staged packets and a batch, sealed, twice over.
 const DATAGRAM_ROOM: usize = 1 << 20;
@@ -65,13 +67,21 @@ impl<M> Arena<M> {
     }
 }
 
-/// A datagram that waits to be sent.
+/// A datagram that waits to be sent. One that is relayed has room for a header in front.
 #[derive(Debug)]
 struct Waiting {
     place: Range<usize>,
     to: Destination,
     ecn: u8,
     gone: bool,
+}
+
+/// Bytes in front of a datagram: the header it gets if it is relayed by UDP.
+const fn head_room(to: &Destination) -> usize {
+    match to {
+        Destination::Udp { .. } => 0,
+        Destination::Relay { .. } => HEADER,
+    }
 }
 
 /// Both sinks of one data worker.
@@ -123,6 +133,16 @@ impl Outbox {
         &self.tun
     }
 
+    /// Counts drops.
+    pub(super) fn count(&self, why: Drop, n: usize) {
+        self.drops.add(why, n as u64);
+    }
+
+    /// What carries relayed packets.
+    pub(super) const fn carrier(&self) -> &Arc<RelayCarrier> {
+        self.relay.carrier()
+    }
+
     /// Sends and delivers everything written so far.
     pub(super) fn flush(&mut self, now: Now) {
         self.flush_tun();
@@ -152,6 +172,7 @@ impl Outbox {
     }
 
     fn flush_datagrams(&mut self, now: Now) {
+        self.address_relayed(now);
         for first in 0..self.waiting.len() {
             let Waiting { to, ecn, gone, .. } = self.waiting[first];
             match to {
@@ -162,6 +183,23 @@ impl Outbox {
         }
         self.waiting.clear();
         self.datagrams.clear();
+    }
+
+    /// What is relayed by UDP goes to the relay's address from here on, like what goes to a peer's.
+    fn address_relayed(&mut self, now: Now) {
+        let Self { waiting, datagrams, relay, .. } = self;
+        let mut relayed = waiting.iter_mut().filter(|w| matches!(w.to, Destination::Relay { .. })).peekable();
+        if relayed.peek().is_none() {
+            return;
+        }
+        relay.carrier().with(|carrier| {
+            for item in relayed {
+                let Destination::Relay { peer } = item.to else { continue };
+                if let Some(remote) = carrier.seal(&peer, &mut datagrams.bytes[item.place.clone()], now) {
+                    item.to = Destination::Udp { socket: SocketId::for_remote(&remote), remote };
+                }
+            }
+        });
     }
 
     /// Sends the datagram, and what can go with it of what comes after.
@@ -203,11 +241,15 @@ impl Outbox {
         if let Some(why) = result.error {
             self.drops.add(Drop::SendFailed, result.failed as u64);
             tracing::trace!(%why, datagrams = result.failed, "datagrams were not sent");
+            if why == SendError::Unreachable {
+                self.relay.carrier().with(|carrier| carrier.send_failed(remote, now));
+            }
         }
     }
 
     fn relay(&self, item: usize, peer: WgKey) {
-        self.relay.packet(peer, self.datagrams.bytes[self.waiting[item].place.clone()].to_vec());
+        let bytes = &self.datagrams.bytes[self.waiting[item].place.clone()];
+        self.relay.packet(peer, bytes.get(HEADER..).unwrap_or_default().to_vec());
     }
 
     /// Tries again to tell the planner what it had no room for. True: nothing is left.
@@ -221,11 +263,13 @@ impl OutboundSink for Outbox {
         if matches!(to, Destination::Relay { .. }) && !self.relay.has_room() {
             return None;
         }
-        self.datagrams.room(max, (*to, ecn))
+        let head = head_room(to);
+        self.datagrams.room(head + max, (*to, ecn))?.get_mut(head..)
     }
 
     fn commit(&mut self, len: usize) {
-        if let Some((place, (to, ecn))) = self.datagrams.commit(len) {
+        let head = self.datagrams.open.as_ref().map_or(0, |(to, _)| head_room(to));
+        if let Some((place, (to, ecn))) = self.datagrams.commit(head + len) {
             self.waiting.push(Waiting { place, to, ecn, gone: false });
         }
     }
@@ -258,9 +302,10 @@ impl InboundSink for Outbox {
             Via::Udp { socket, remote } => Destination::Udp { socket: *socket, remote: *remote },
             Via::Relay { peer } => Destination::Relay { peer: *peer },
         };
-        match self.datagrams.room(bytes.len(), (to, 0)) {
+        let head = head_room(&to);
+        match self.datagrams.room(head + bytes.len(), (to, 0)) {
             Some(room) => {
-                room.copy_from_slice(bytes);
+                room[head..].copy_from_slice(bytes);
                 OutboundSink::commit(self, bytes.len());
             }
             None => self.drops.count(Drop::SendFailed),

@@ -1,7 +1,8 @@
 //! The relay link, on a thread of its own so that TLS work for relayed packets stays off the control thread.
 //!
 //! Packets cross one bounded queue on the way in and one on the way out; the newest is dropped by name when one is full.
-//! What the planner sends (handshakes, candidates) has a small queue of its own and goes first.
+//! What the planner sends (handshakes, candidates) has a small queue of its own and goes first. What goes by UDP
+//! ([`crate::daemon::relay_carrier`]) does not come here.
 
 use std::io;
 use std::sync::Arc;
@@ -13,12 +14,16 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use crate::daemon::links::{Backoff, Bells, Coordinator};
+use crate::daemon::relay_carrier::RelayCarrier;
 use crate::engine::drops::{Drop, Drops};
-use crate::engine::io::Input;
+use crate::engine::io::{Input, SocketId};
 use crate::link::{LinkError, RelayLink, close, connect_relay};
+use crate::os::clock;
+use crate::os::udp::{SendError, UdpSockets};
 use crate::os::wake::Wake;
 use crate::wire::keys::WgKey;
 use crate::wire::relay::{Frame, Frames, OVERHEAD, encode};
+use crate::wire::relay_udp::HEADER;
 
 /// Packets to and from the data thread that may wait.
 pub(super) const QUEUE: usize = 512;
@@ -53,23 +58,57 @@ pub(super) struct RelayHandle {
     packets: mpsc::Sender<Relayed<Vec<u8>>>,
     urgent: mpsc::Sender<Relayed<Vec<u8>>>,
     rtt: mpsc::Sender<oneshot::Sender<Duration>>,
+    here: mpsc::Sender<()>,
+    carrier: Arc<RelayCarrier>,
+    sockets: Arc<UdpSockets>,
     drops: Arc<Drops>,
 }
 
 impl RelayHandle {
-    /// Queues a data packet.
+    /// Queues a data packet for the WebSocket.
     pub(super) fn packet(&self, peer: WgKey, bytes: Vec<u8>) {
         self.push(&self.packets, peer, bytes);
     }
 
     /// Room is left for a data packet.
     pub(super) fn has_room(&self) -> bool {
-        self.packets.capacity() > 0
+        self.carrier.is_udp() || self.packets.capacity() > 0
     }
 
-    /// Queues a datagram of the planner.
+    /// Sends a datagram of the planner, by UDP, or queued for the WebSocket before data packets.
     pub(super) fn urgent(&self, peer: WgKey, bytes: Vec<u8>) {
-        self.push(&self.urgent, peer, bytes);
+        let mut with_room = [&[0; HEADER][..], &bytes].concat();
+        if !self.by_udp(peer, &mut with_room) {
+            self.push(&self.urgent, peer, bytes);
+        }
+    }
+
+    /// Tells the relay to deliver by WebSocket.
+    pub(super) fn here(&self) {
+        // One that waits already is enough, and a new connection needs none: the relay forgets sessions that are silent.
+        let _ = self.here.try_send(());
+    }
+
+    /// What carries relayed packets.
+    pub(super) const fn carrier(&self) -> &Arc<RelayCarrier> {
+        &self.carrier
+    }
+
+    /// False: it has to go by WebSocket.
+    fn by_udp(&self, peer: WgKey, bytes: &mut [u8]) -> bool {
+        let Some(to) = self.carrier.with(|c| c.seal(&peer, bytes, clock::now())) else { return false };
+        match self.sockets.send(SocketId::for_remote(&to), &to, bytes) {
+            Ok(()) => true,
+            Err(SendError::Unreachable) => {
+                self.carrier.with(|c| c.send_failed(to, clock::now()));
+                false
+            }
+            Err(why) => {
+                self.drops.count(Drop::SendFailed);
+                tracing::trace!(%why, "a relay datagram was not sent");
+                true
+            }
+        }
     }
 
     fn push(&self, queue: &mpsc::Sender<Relayed<Vec<u8>>>, peer: WgKey, bytes: Vec<u8>) {
@@ -94,6 +133,8 @@ pub(super) fn start(
     coordinator: Arc<Coordinator>,
     planner: mpsc::Sender<Input>,
     delivery: Delivery,
+    carrier: Arc<RelayCarrier>,
+    sockets: Arc<UdpSockets>,
     drops: Arc<Drops>,
     bells: Bells,
 ) -> io::Result<(RelayHandle, oneshot::Receiver<()>)> {
@@ -101,9 +142,22 @@ pub(super) fn start(
     let (urgent, urgent_outgoing) = mpsc::channel(URGENT);
     let (rtt, rtt_asks) = mpsc::channel(RTT_ASKS);
     let (alive, ended) = oneshot::channel();
-    let handle = RelayHandle { packets, urgent, rtt, drops: Arc::clone(&drops) };
-    let keeper =
-        Keeper { coordinator, planner, delivery, drops, bells, outgoing, urgent: urgent_outgoing, rtt_asks, nonce: 0 };
+    let (here, heres) = mpsc::channel(1);
+    let handle =
+        RelayHandle { packets, urgent, rtt, here, carrier: Arc::clone(&carrier), sockets, drops: Arc::clone(&drops) };
+    let keeper = Keeper {
+        coordinator,
+        planner,
+        delivery,
+        carrier,
+        drops,
+        bells,
+        outgoing,
+        urgent: urgent_outgoing,
+        rtt_asks,
+        heres,
+        nonce: 0,
+    };
     std::thread::Builder::new().name("meshd-relay".into()).spawn(move || {
         let _alive: oneshot::Sender<()> = alive;
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -127,11 +181,13 @@ struct Keeper {
     coordinator: Arc<Coordinator>,
     planner: mpsc::Sender<Input>,
     delivery: Delivery,
+    carrier: Arc<RelayCarrier>,
     drops: Arc<Drops>,
     bells: Bells,
     outgoing: mpsc::Receiver<Relayed<Vec<u8>>>,
     urgent: mpsc::Receiver<Relayed<Vec<u8>>>,
     rtt_asks: mpsc::Receiver<oneshot::Sender<Duration>>,
+    heres: mpsc::Receiver<()>,
     nonce: u64,
 }
 
@@ -154,14 +210,11 @@ impl Keeper {
                 Ok(link) => {
                     tracing::info!("connected to the relay");
                     backoff.reset();
-                    if self.planner.send(Input::RelayUp).await.is_err() {
-                        return;
-                    }
+                    // The carrier tells the planner: there may be a relay without this link.
+                    self.carrier.with(|c| c.websocket(true, clock::now()));
                     let Some(why) = self.carry(link).await else { return };
                     tracing::info!("the connection to the relay was lost: {why}");
-                    if self.planner.send(Input::RelayDown).await.is_err() {
-                        return;
-                    }
+                    self.carrier.with(|c| c.websocket(false, clock::now()));
                 }
                 Err(e) => tracing::debug!("no connection to the relay: {e}"),
             }
@@ -184,6 +237,7 @@ impl Keeper {
             gone = self.urgent.recv() => gone.is_some(),
             gone = self.outgoing.recv() => gone.is_some(),
             ask = self.rtt_asks.recv() => return drop(ask),
+            Some(()) = self.heres.recv() => return,
         };
         if gone {
             self.drops.count(Drop::NoPath);
@@ -222,6 +276,11 @@ impl Keeper {
                 Some(first) = self.outgoing.recv() => {
                     self.fill(first, &mut batch);
                     sender.send(std::mem::take(&mut batch)).await
+                }
+                Some(()) = self.heres.recv() => {
+                    let mut here = Vec::new();
+                    encode(&Frame::Here, &mut here);
+                    sender.send(here).await
                 }
                 Some(tell) = self.rtt_asks.recv() => {
                     pings.retain(|(_, _, tell)| !tell.is_closed());
@@ -297,6 +356,7 @@ impl Keeper {
         }
         if delivered {
             self.delivery.wake.ring();
+            self.carrier.with(|c| c.came_by_websocket(clock::now()));
         }
         answer
     }

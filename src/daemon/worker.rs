@@ -15,16 +15,19 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::sync::oneshot;
 
 use crate::daemon::outbox::{FromRelay, Outbox};
+use crate::engine::drops::Drop;
 use crate::engine::inbound::Inbound;
 use crate::engine::io::{SocketId, Update, Via};
 use crate::engine::outbound::Outbound;
 use crate::engine::packet::{FromTun, MIN_ROOM};
 use crate::os::clock;
-use crate::os::train::Receiver as Trains;
+use crate::os::train::{Receiver as Trains, Train};
 use crate::os::tun::FromKernel;
 use crate::os::udp::UdpSockets;
 use crate::os::wake::Wake;
 use crate::time::Now;
+use crate::wire::classify::RELAY_DATAGRAM;
+use crate::wire::relay_udp::HEADER;
 
 /// Relayed packets in one turn.
 const BATCH: usize = 64;
@@ -60,6 +63,9 @@ pub(super) fn start(worker: Worker) -> io::Result<oneshot::Receiver<io::Result<(
     Ok(ended)
 }
 
+/// Where a datagram really came from; nothing if it was between the relay and the carrier; or why it is dropped.
+type Origin = Result<Option<Via>, Drop>;
+
 /// What became readable.
 #[derive(Debug, Clone, Copy, Default)]
 struct Ready {
@@ -73,6 +79,7 @@ impl Worker {
         let mut from_tun = FromKernel::default();
         let mut from_udp = Trains::default();
         let mut from_relay = Vec::with_capacity(BATCH);
+        let mut origins = Vec::new();
         loop {
             let heard = self.outbox.retry_notices();
             // A full batch from the relay may have left more behind, which nothing would wake us for.
@@ -99,7 +106,7 @@ impl Worker {
                     if !self.take_updates(now) {
                         return Ok(());
                     }
-                    self.carry_in(socket, &from_udp, now);
+                    self.carry_in(socket, &from_udp, &mut origins, now);
                 }
             }
             for relayed in &from_relay {
@@ -144,6 +151,11 @@ impl Worker {
         loop {
             match self.updates.try_recv() {
                 Ok(update) => {
+                    match &update {
+                        Update::Peer { peer, key, .. } => self.outbox.carrier().with(|c| c.peer(*peer, *key)),
+                        Update::Gone(peer) => self.outbox.carrier().with(|c| c.peer_gone(*peer)),
+                        _ => {}
+                    }
                     let flushes = matches!(update, Update::Established(_));
                     self.inbound.apply(update.clone());
                     self.outbound.apply(update, now, &mut self.outbox);
@@ -157,12 +169,44 @@ impl Worker {
         }
     }
 
-    fn carry_in(&mut self, socket: SocketId, trains: &Trains, now: Now) {
+    fn carry_in(&mut self, socket: SocketId, trains: &Trains, origins: &mut Vec<Origin>, now: Now) {
         for train in trains.trains() {
             // What is opened while a session is locked must find room.
             self.outbox.reserve_tun(TRAIN + MIN_ROOM);
+            if train.datagrams().any(is_relayed) {
+                self.carry_relayed_in(socket, &train, origins, now);
+                continue;
+            }
             let via = Via::Udp { socket, remote: train.from };
             self.inbound.handle_train(&via, train.ecn, train.datagrams(), now, &mut self.outbox);
+        }
+    }
+
+    /// A train with relay datagrams in it: those of one peer go on together, as a train through the relay.
+    fn carry_relayed_in(&mut self, socket: SocketId, train: &Train<'_>, origins: &mut Vec<Origin>, now: Now) {
+        let Self { inbound, outbox, .. } = self;
+        origins.clear();
+        outbox.carrier().with(|carrier| {
+            origins.extend(train.datagrams().map(|bytes| {
+                if !is_relayed(bytes) {
+                    return Ok(Some(Via::Udp { socket, remote: train.from }));
+                }
+                carrier.receive(bytes, train.from, now).map(|peer| peer.map(|peer| Via::Relay { peer }))
+            }));
+        });
+        let mut datagrams = train.datagrams();
+        for alike in origins.chunk_by(|a, b| a == b) {
+            let datagrams = datagrams.by_ref().take(alike.len());
+            match alike.first() {
+                Some(Ok(Some(via))) => {
+                    let head = if matches!(via, Via::Relay { .. }) { HEADER } else { 0 };
+                    let payloads = datagrams.map(|bytes| bytes.get(head..).unwrap_or_default());
+                    inbound.handle_train(via, train.ecn, payloads, now, outbox);
+                }
+                // Between the relay and the carrier.
+                Some(Ok(None)) | None => drop(datagrams.count()),
+                Some(Err(why)) => outbox.count(*why, datagrams.count()),
+            }
         }
     }
 
@@ -173,4 +217,8 @@ impl Worker {
             self.outbox.flush(now);
         }
     }
+}
+
+fn is_relayed(datagram: &[u8]) -> bool {
+    datagram.first() == Some(&RELAY_DATAGRAM)
 }

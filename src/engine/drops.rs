@@ -90,6 +90,14 @@ drops! {
     TunRefused = "tun-refused",
     /// Inbound: the queue from the relay is full; newest dropped.
     RelayInboundFull = "relay-inbound-full",
+    /// Inbound: a relay datagram that is malformed, or of no session of this node.
+    BadRelayDatagram = "bad-relay-datagram",
+    /// Inbound: a relay datagram whose tag is wrong.
+    BadRelayTag = "bad-relay-tag",
+    /// Inbound: a relay datagram seen before, or too old to tell.
+    RelayReplayed = "relay-replayed",
+    /// Inbound: a relay datagram from a node that this one does not know.
+    UnknownRelaySender = "unknown-relay-sender",
     /// Control: a message that this version cannot read.
     UnreadableControl = "unreadable-control",
     /// Control: a record that the chain of trust does not support.

@@ -3,6 +3,7 @@
 //! A node is three machines: [`planner::Planner`] decides, [`outbound::Outbound`] and [`inbound::Inbound`] carry packets.
 //! They talk only by [`io::Update`] and [`io::Notice`].
 
+pub mod carrier;
 pub mod drops;
 pub mod inbound;
 pub mod io;

@@ -272,6 +272,10 @@ impl Forwarder {
             }
             Command::Connection(key, queue) => {
                 if let Some(place) = self.table.place(&key) {
+                    // Perhaps the node was started anew and knows no session. One that does says so with its next Ping.
+                    if queue.is_some() {
+                        self.table.deliver_elsewhere(place);
+                    }
                     self.connections[place as usize] = queue;
                 }
             }

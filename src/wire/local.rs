@@ -166,8 +166,11 @@ pub struct StatusCoordinator {
     pub connected: bool,
     /// Seconds since anything came from it; null: never in this run.
     pub last_heard_s: Option<f64>,
-    /// The relay link is up.
+    /// There is a relay.
     pub relay_connected: bool,
+    /// What carries relayed packets now: `udp` or `websocket`; null: nothing.
+    #[serde(default)]
+    pub relay: Option<String>,
 }
 
 /// What is known of the NAT.

@@ -86,6 +86,7 @@ fn status() -> Status {
             connected: false,
             last_heard_s: Some(75.4),
             relay_connected: false,
+            relay: None,
         },
         nat: StatusNat {
             udp: Some(true),

@@ -69,6 +69,8 @@ impl Planner {
                 connected: self.control.connected && self.control.synced,
                 last_heard_s: self.control.last_heard.map(|at| now.since(at).as_secs_f64()),
                 relay_connected: self.relay_up,
+                // The shell knows.
+                relay: None,
                 url,
             },
             nat: StatusNat {

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use super::*;
 use crate::link::close;
+use crate::server::relay_conn::Joined;
 use crate::server::stun_socket;
 use crate::wire::keys::ControlKey;
 use crate::wire::relay::{self, Frames};
@@ -52,6 +53,13 @@ impl Rig {
         let mut member = self.member(n);
         assert_eq!(member.ping(Wish::DeliverHere, 8).kind, Kind::Pong);
         member
+    }
+
+    /// A member's WebSocket connection, of which the thread has heard.
+    fn join(&self, n: u8) -> Joined<'_> {
+        let joined = self.relay.join(&ControlKey([n; 32])).unwrap();
+        assert!(block_on(self.relay.open(WgKey([0; 32]), SessionSecret::new([0; 32]))).is_none());
+        joined
     }
 
     /// Waits until a counter says this.
@@ -172,13 +180,13 @@ fn a_pong_is_as_long_as_its_ping() {
 fn pairs_with_a_websocket_at_either_end_work() {
     let rig = Rig::new();
     let (mut a, b) = (rig.member_here(1), rig.member(2));
-    let connection = rig.relay.join(&ControlKey([2; 32])).unwrap();
+    let connection = rig.join(2);
     a.send(&b, b"to the WebSocket");
     assert_eq!(frames(&connection.queue, 1), [(a.key, b"to the WebSocket".to_vec())]);
     assert!(rig.relay.take(&connection, &message(&a, b"to UDP")));
     a.expect_from(&b, b"to UDP");
     let c = rig.member(3);
-    let other = rig.relay.join(&ControlKey([3; 32])).unwrap();
+    let other = rig.join(3);
     assert!(rig.relay.take(&connection, &message(&c, &[9; 9_000])));
     assert_eq!(frames(&other.queue, 1), [(b.key, vec![9; 9_000])]);
 }
@@ -187,7 +195,8 @@ fn pairs_with_a_websocket_at_either_end_work() {
 fn a_node_says_by_which_carrier_it_is_delivered_to() {
     let rig = Rig::new();
     let (mut a, mut b) = (rig.member_here(1), rig.member_here(2));
-    let connection = rig.relay.join(&ControlKey([2; 32])).unwrap();
+    let connection = rig.join(2);
+    b.ping(Wish::DeliverHere, 8);
     a.send(&b, b"one");
     b.expect_from(&a, b"one");
     let mut here = Vec::new();
@@ -207,6 +216,22 @@ fn a_node_says_by_which_carrier_it_is_delivered_to() {
 }
 
 #[test]
+fn a_node_that_was_started_anew_is_delivered_to_by_its_new_connection() {
+    let rig = Rig::new();
+    let (mut a, mut b) = (rig.member_here(1), rig.member_here(2));
+    a.send(&b, b"one");
+    b.expect_from(&a, b"one");
+    // Killed: nothing was said, and the session still looks alive.
+    let connection = rig.join(2);
+    a.send(&b, b"two");
+    assert_eq!(frames(&connection.queue, 1), [(a.key, b"two".to_vec())]);
+    // It was only the connection that was new.
+    b.ping(Wish::DeliverHere, 8);
+    a.send(&b, b"three");
+    b.expect_from(&a, b"three");
+}
+
+#[test]
 fn who_is_not_there_is_gone_and_the_sender_is_told() {
     let rig = Rig::new();
     let (mut a, b) = (rig.member_here(1), rig.member(2));
@@ -217,7 +242,7 @@ fn who_is_not_there_is_gone_and_the_sender_is_told() {
     a.send(&b, b"not a member");
     assert_eq!(a.recv().0.kind, Kind::Gone);
     rig.wait_for("not_connected", 2);
-    let connection = rig.relay.join(&ControlKey([1; 32])).unwrap();
+    let connection = rig.join(1);
     assert!(rig.relay.take(&connection, &message(&b, b"x")));
     assert_eq!(frames(&connection.queue, 1), [(b.key, b"gone".to_vec())]);
 }
@@ -255,7 +280,7 @@ fn what_is_forged_or_replayed_is_counted_and_never_answered() {
 fn an_expelled_member_neither_sends_nor_receives() {
     let rig = Rig::new();
     let (mut a, mut b) = (rig.member_here(1), rig.member_here(2));
-    let connection = rig.relay.join(&ControlKey([2; 32])).unwrap();
+    let connection = rig.join(2);
     rig.relay.expel(&ControlKey([2; 32]), &b.key);
     assert_eq!(connection.queue.pop().unwrap_err().0, close::NOT_A_MEMBER);
     b.send(&a, b"x");
@@ -378,7 +403,7 @@ fn without_sockets_there_are_no_sessions_and_websockets_work() {
         rig.relay.admit(ControlKey([n; 32]), WgKey([n; 32]));
     }
     assert!(block_on(rig.relay.open(WgKey([1; 32]), SessionSecret::new([0; 32]))).is_none());
-    let (a, b) = (rig.relay.join(&ControlKey([1; 32])).unwrap(), rig.relay.join(&ControlKey([2; 32])).unwrap());
+    let (a, b) = (rig.join(1), rig.join(2));
     let mut out = Vec::new();
     assert!(relay::encode(&Frame::Send { to: WgKey([2; 32]), payload: b"hello" }, &mut out));
     assert!(rig.relay.take(&a, &out));

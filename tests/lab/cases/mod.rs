@@ -8,6 +8,7 @@ mod interop;
 mod join;
 mod mistakes;
 mod paths;
+mod relay;
 mod secrecy;
 mod stun;
 
@@ -17,6 +18,7 @@ use crate::runner::Case;
 pub fn all() -> Vec<Case> {
     let mut cases = join::cases();
     cases.extend(paths::cases());
+    cases.extend(relay::cases());
     cases.extend(daemon::cases());
     cases.extend(coordinator::cases());
     cases.extend(secrecy::cases());
