@@ -13,11 +13,15 @@ use crate::wire::nat::PortModel;
 #[command(after_help = "\
 NAT behaviour is given in the words of RFC 4787: endpoint-independent mapping lets two nodes meet
 directly, address-and-port-dependent mapping on both sides needs the relay.")]
-pub struct Args {}
+pub struct Args {
+    /// Ask this STUN server instead of the coordinator's; may be given several times
+    #[arg(long, value_name = "HOST[:PORT]")]
+    stun: Vec<String>,
+}
 
-pub(super) fn run(_: &Args, global: &Global) -> Result<(), CliError> {
-    let report =
-        client::ask(global, Call::Netcheck, |reply| if let Response::Netcheck(r) = reply { Some(*r) } else { None })?;
+pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
+    let call = Call::Netcheck { stun: args.stun.clone() };
+    let report = client::ask(global, call, |reply| if let Response::Netcheck(r) = reply { Some(*r) } else { None })?;
     global.output().show(&report, text)
 }
 

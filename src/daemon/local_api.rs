@@ -250,14 +250,18 @@ impl Api {
                 let ping = PingCall { count, timeout_ms, interval_ms, until_direct };
                 self.ping(peer, ping, out).await?;
             }
-            Call::Netcheck => {
-                let (servers, local) = self.known.get();
+            Call::Netcheck { stun } => {
+                let (offered, local) = self.known.get();
+                let servers = if stun.is_empty() { offered } else { netcheck::resolve(&stun).await? };
                 let mut report = netcheck::run(servers, local, &self.control, &self.relay).await;
-                let input = Input::NetReport(Box::new(report.clone()));
+                // What strangers' servers say is shown, and not acted upon.
+                let input = stun.is_empty().then(|| Input::NetReport(Box::new(report.clone())));
                 let punching = self
                     .planner
                     .with(move |planner, now| {
-                        planner.handle(input, now);
+                        if let Some(input) = input {
+                            planner.handle(input, now);
+                        }
                         planner.punching(now)
                     })
                     .await?;

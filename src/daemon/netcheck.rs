@@ -18,6 +18,13 @@ use crate::wire::local;
 /// How long to wait for the links' round trips.
 const RTT_PATIENCE: Duration = Duration::from_secs(2);
 
+/// Servers a person may name for one check.
+const MAX_NAMED: usize = 4;
+/// Where STUN servers listen (RFC 8489 section 8.1).
+const STUN_PORT: u16 = 3478;
+/// How long to wait for a name server.
+const DNS_PATIENCE: Duration = Duration::from_secs(3);
+
 /// Asks `servers` and both links. Takes at most as long as [`LIMIT`] and a little.
 pub(super) async fn run(
     servers: Vec<SocketAddr>,
@@ -31,6 +38,36 @@ pub(super) async fn run(
     report.coordinator_rtt_ms = control_rtt.map(millis);
     report.relay_rtt_ms = relay_rtt.map(millis);
     report
+}
+
+/// The addresses of STUN servers that a person named.
+///
+/// # Errors
+/// `stun-server` for a name that cannot be used or resolved.
+pub(super) async fn resolve(named: &[String]) -> Result<Vec<SocketAddr>, local::Problem> {
+    let mut servers = Vec::new();
+    for name in named.iter().take(MAX_NAMED) {
+        let target = match name.parse::<IpAddr>() {
+            Ok(ip) => SocketAddr::new(ip, STUN_PORT).to_string(),
+            Err(_) if name.contains(':') => name.clone(),
+            Err(_) => format!("{name}:{STUN_PORT}"),
+        };
+        let found = match tokio::time::timeout(DNS_PATIENCE, tokio::net::lookup_host(target)).await {
+            Ok(Ok(found)) => found.collect::<Vec<_>>(),
+            Ok(Err(e)) => return Err(unusable(name, &e.to_string())),
+            Err(_) => return Err(unusable(name, "the name server does not answer")),
+        };
+        servers.extend(found);
+    }
+    Ok(servers)
+}
+
+fn unusable(name: &str, why: &str) -> local::Problem {
+    local::Problem {
+        code: "stun-server".into(),
+        text: format!("the STUN server {name:?} cannot be used: {why}"),
+        hint: "give HOST or HOST:PORT, for example stun.example.org:3478".into(),
+    }
 }
 
 async fn check(servers: Vec<SocketAddr>, local: Vec<IpAddr>) -> local::Netcheck {

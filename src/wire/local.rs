@@ -48,7 +48,11 @@ pub enum Call {
         until_direct: bool,
     },
     /// Answered by one `netcheck`.
-    Netcheck,
+    Netcheck {
+        /// Ask these STUN servers (`HOST` or `HOST:PORT`) rather than the coordinator's.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        stun: Vec<String>,
+    },
     /// Answered by one `token`. Only on an admin node.
     Invite {
         /// The name the node must take.

@@ -16,6 +16,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("netcheck::classifies_the_kernels_nats", classify),
         case("netcheck::says_that_udp_is_blocked", udp_blocked),
+        case("netcheck::asks_a_server_of_others", third_party),
         case("stun::turnutils_finds_the_nat_behaviour_with_our_server", natdiscovery),
         case("stun::stun_client_is_answered_by_our_server", stun_client),
     ]
@@ -70,6 +71,35 @@ fn udp_blocked() -> Result<()> {
         let health = nodes[1].status()?.health;
         ensure(health.iter().any(|line| line.code == "udp-blocked" && !line.hint.is_empty()), || format!("{health:?}"))
     })
+}
+
+/// coturn at 203.0.113.40 and .41 instead of the coordinator.
+fn third_party() -> Result<()> {
+    if !installed("turnserver") {
+        return skip("turnserver is not installed (apt-get install coturn)");
+    }
+    let world = World::new()?;
+    let other = world.internet.host("other", 40)?;
+    other.ip("addr add 203.0.113.41/24 dev eth0")?;
+    let mut coturn = Command::new("turnserver");
+    coturn.args(["-n", "--stun-only", "--no-cli", "--no-tls", "--no-dtls", "--log-file=stdout"]);
+    coturn.args(["-L", "203.0.113.40", "-L", "203.0.113.41", "-p", "3478", "--alt-listening-port=3479"]);
+    coturn.args(["--pidfile=/run/lab/coturn.pid", "--userdb=/run/lab/coturn.db"]);
+    other.spawn(&mut coturn, Path::new("/run/lab/coturn.log"))?;
+    let home = world.internet.router("rh", 21, Nat::Home)?.lan.host("home", 2)?;
+    let open = world.internet.host("open", 31)?;
+    let nodes = world.join(&[("open", &open), ("home", &home)])?;
+    let named = ["netcheck", "--stun", "203.0.113.40", "--json"];
+    eventually("coturn tells the NAT's behaviour", Duration::from_secs(20), || {
+        let report: Netcheck = serde_json::from_str(&nodes[1].run(&named)?)?;
+        let found = (report.mapping.as_deref(), report.filtering.as_deref());
+        let wanted = (Some("endpoint-independent"), Some("address-and-port-dependent"));
+        let asked_there = report.servers.iter().all(|s| !s.server.ip().to_string().starts_with("203.0.113.1"));
+        ensure(report.udp && found == wanted && asked_there, || format!("{report:?}"))
+    })?;
+    let refused = nodes[1].run(&["netcheck", "--stun", "no-such-host.invalid"]);
+    let said = format!("{:#}", refused.err().map(|e| e.to_string()).unwrap_or_default());
+    ensure(said.contains("STUN server") && said.contains("hint"), || format!("no sentence: {said:?}"))
 }
 
 fn installed(program: &str) -> bool {
