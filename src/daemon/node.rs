@@ -49,6 +49,10 @@ use crate::wire::local::{Problem, Severity};
 
 /// How long a node that knows its network waits for the coordinator before it calls itself up without it.
 const COORDINATOR_PATIENCE: Duration = Duration::from_secs(5);
+/// How much longer it waits for the relay, so that the first packet of whoever waits for `meshd up` is not lost.
+const RELAY_PATIENCE: Duration = Duration::from_secs(1);
+/// How often it looks meanwhile.
+const RELAY_LOOK: Duration = Duration::from_millis(20);
 /// How long threads may take to end.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
 /// Conveniences are written at most this often.
@@ -375,7 +379,12 @@ impl Node {
                 )
             })),
         };
-        let status = self.api.status().await?;
+        let mut status = self.api.status().await?;
+        let relay_by = clock::now() + RELAY_PATIENCE;
+        while warning.is_none() && !status.coordinator.relay_connected && clock::now() < relay_by {
+            tokio::time::sleep(RELAY_LOOK).await;
+            status = self.api.status().await?;
+        }
         tracing::info!(peers = status.peers.len(), connected = warning.is_none(), "the node is up");
         let report = UpReport { status, already_running: false, notes: self.notes.clone(), warning };
         if !reporter.ready(report) {

@@ -8,6 +8,7 @@
 //! cargo test --test lab                      all cases
 //! cargo test --test lab -- upgrade           those whose name holds the word
 //! cargo test --test lab -- --list            their names
+//! cargo test --test lab -- --show-output     with what each measured
 //! cargo test --test lab -- --shell home-nat  a topology to poke at (scripts/lab)
 //! MESHD_LAB_SHORT=1 …                        leave out what takes minutes
 //! MESHD_LAB_KEEP_LOGS=DIR …                  keep the logs of failed cases

@@ -47,7 +47,7 @@ pub fn skip<T>(why: impl Into<String>) -> Result<T> {
 }
 
 enum Outcome {
-    Passed,
+    Passed(String),
     Skipped(String),
     Failed(String),
 }
@@ -71,10 +71,11 @@ pub fn main(cases: &[Case]) -> ExitCode {
         println!("\n{} tests, 0 benchmarks", chosen.len());
         return ExitCode::SUCCESS;
     }
-    run_all(&chosen, cases.len() - chosen.len())
+    let show = args.iter().any(|arg| arg == "--nocapture" || arg == "--show-output");
+    run_all(&chosen, cases.len() - chosen.len(), show)
 }
 
-fn run_all(chosen: &[&Case], filtered: usize) -> ExitCode {
+fn run_all(chosen: &[&Case], filtered: usize, show: bool) -> ExitCode {
     println!("\nrunning {} tests", chosen.len());
     let start = Instant::now();
     let impossible = impossible();
@@ -87,9 +88,12 @@ fn run_all(chosen: &[&Case], filtered: usize) -> ExitCode {
         };
         let took = began.elapsed().as_secs_f64();
         match outcome {
-            Outcome::Passed => {
+            Outcome::Passed(said) => {
                 passed += 1;
                 println!("test {} ... ok ({took:.1} s)", case.name);
+                if show {
+                    said.lines().for_each(|line| println!("    {line}"));
+                }
             }
             Outcome::Skipped(why) => {
                 ignored += 1;
@@ -129,7 +133,7 @@ fn impossible() -> Option<String> {
         return Some(format!("/dev/net/tun cannot be opened ({error})"));
     }
     match run_one(&case("(probe)", || Ok(()))) {
-        Outcome::Passed => None,
+        Outcome::Passed(_) => None,
         Outcome::Skipped(why) | Outcome::Failed(why) => Some(format!("namespaces cannot be made here: {}", why.trim())),
     }
 }
@@ -166,7 +170,7 @@ fn try_one(case: &Case) -> Result<Outcome> {
     log.rewind()?;
     log.read_to_string(&mut said)?;
     Ok(match status.map(|status| status.code()) {
-        Some(Some(0)) => Outcome::Passed,
+        Some(Some(0)) => Outcome::Passed(said),
         Some(Some(code)) if code == i32::from(SKIPPED) => Outcome::Skipped(said.trim().to_owned()),
         Some(_) => Outcome::Failed(said),
         None => Outcome::Failed(format!("{said}\nkilled after {} s", case.limit.as_secs())),

@@ -5,14 +5,14 @@
 //!                                  │
 //!          ────────────────────────┴─ internet 203.0.113.0/24 ─────────────
 //!             │ .21                    │ .22                    │ .23
-//!      [home NAT]               [home NAT]              [symmetric NAT]
+//!      [home NAT]               [home NAT]        [symmetric, strict NAT]
 //!             │                        │                        │
 //!          laptop                     nas                     phone
 //!     192.168.21.2               192.168.22.2             192.168.23.2
 //! ```
 //!
-//! Laptop and nas meet directly. The phone's NAT gives every destination another port and the other two only let
-//! answers in, so it is reached through the relay. Each step is checked; the exit code says whether all were seen.
+//! Laptop and nas meet directly. The phone's NAT gives every destination another port and lets UDP out to a few ports
+//! only, so it is reached through the relay. Each step is checked; the exit code says whether all were seen.
 
 pub mod contain;
 mod http;

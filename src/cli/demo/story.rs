@@ -22,6 +22,15 @@ const LISTEN: &str = "203.0.113.10:443";
 /// Two addresses with two ports each, so that nodes can tell kinds of NAT apart (RFC 5780).
 const STUN: &str = "203.0.113.10:3478,203.0.113.10:3479,203.0.113.11:3478,203.0.113.11:3479";
 
+/// The phone's network, like that of many a hotel, lets UDP out to a few ports only: no guess at ports helps there.
+const STRICT: &str = "table ip strict {
+    chain forward {
+        type filter hook forward priority -10; policy accept;
+        iifname \"lan\" udp dport != { 53, 443, 3478, 3479 } drop;
+    }
+}
+";
+
 /// What there is to show at the end.
 pub(super) struct Told {
     /// The laptop's status.
@@ -74,13 +83,14 @@ pub(super) fn tell(report: &mut dyn FnMut(Step) -> Result<(), CliError>) -> Resu
     let internet = Segment::internet()?;
     let coordinator = Machine { name: "coordinator", namespace: internet.host("coordinator", 10)? };
     coordinator.namespace.ip(&format!("addr add {}/24 dev eth0", internet.v4(11)))?;
-    let behind = |name, number, nat| -> Result<Machine> {
+    let behind = |name, number, nat, more: &str| -> Result<Machine> {
         let router = internet.router(&format!("{name}-router"), number, nat)?;
+        router.namespace.nft(more)?;
         Ok(Machine { name, namespace: router.lan.host(name, 2)? })
     };
-    let laptop = behind("laptop", 21, Nat::Home)?;
-    let nas = behind("nas", 22, Nat::Home)?;
-    let phone = behind("phone", 23, Nat::Symmetric)?;
+    let laptop = behind("laptop", 21, Nat::Home, "")?;
+    let nas = behind("nas", 22, Nat::Home, "")?;
+    let phone = behind("phone", 23, Nat::Symmetric, STRICT)?;
     done("made an internet, laptop and nas behind home NATs, phone behind a NAT that cannot be punched".to_owned())?;
 
     let log = Path::new("/run/coordinator.log");

@@ -18,6 +18,7 @@ pub fn cases() -> Vec<Case> {
         case("join::up_twice_is_harmless", up_twice),
         case("join::a_token_file_works_and_no_token_stays_in_ps", token_file),
         case("join::an_invite_for_three_admits_three", three_uses),
+        case("first_packet::right_after_up_it_is_answered", right_after_up),
         case("first_packet::icmp_is_answered_and_not_lost", first_icmp),
         case("first_packet::meshd_ping_is_answered", first_meshd_ping),
     ]
@@ -98,6 +99,18 @@ fn three_uses() -> Result<()> {
     ensure(!refused.status.success(), || "a third machine joined with an invite for two".to_owned())?;
     let error = crate::world::error_of(&refused)?;
     ensure(error["code"] == "already-used", || format!("{error}"))
+}
+
+/// Nobody waits for anything here: the founder pings as soon as `up` has returned on the other machine.
+fn right_after_up() -> Result<()> {
+    let lab = net::symmetric()?;
+    let [a, b] = ["a", "b"].map(|name| Node::new(name, namespace(&lab, name)));
+    a.up(&lab.world.coordinator.claim()?)?;
+    b.up(&a.invite()?)?;
+    let seen = a.icmp(b.address(true)?, &["-c", "1", "-W", "5"])?;
+    ensure(seen.received == 1, || "the first packet was lost".to_owned())?;
+    let (code, pongs) = b.ping("a", &["-c", "1"])?;
+    ensure(code == 0, || format!("a ping back was lost: {pongs:?}"))
 }
 
 fn first_icmp() -> Result<()> {
