@@ -356,26 +356,22 @@ fn a_spent_budget_lets_little_things_through_and_nodes_are_told() {
 }
 
 /// The sender goes as fast as it can, the relay as fast as it may: what leaves keeps the rate, what is dropped is counted,
-/// and another pair hardly notices.
+/// and what another pair sends beside it arrives.
 #[test]
-fn a_rate_is_kept_and_an_interactive_pair_goes_first() {
+fn a_rate_is_kept_and_a_keystroke_passes_beside_bulk() {
     let rate = 2_000_000;
     let rig = Rig::with(RelayLimits { rate: Some(rate), monthly: None }, &["127.0.0.1:0"]);
     let (mut a, b) = (rig.member_here(1), rig.member_here(2));
     let (mut c, d) = (rig.member_here(3), rig.member_here(4));
     let start = Instant::now();
-    let mut worst = Duration::ZERO;
     for _ in 0..20 {
         for _ in 0..100 {
             a.send(&b, &[4; 1_372]);
         }
-        let asked = Instant::now();
+        // How soon is the scheduler's business, shown in virtual time in coord/; that it is not lost is shown here.
         c.send(&d, b"keystroke");
         d.expect_from(&c, b"keystroke");
-        worst = worst.max(asked.elapsed());
     }
-    // 100 kB may wait in front of the keystroke if nobody goes first: 50 ms.
-    assert!(worst < Duration::from_millis(40), "{worst:?}");
     rig.wait_for_drops_or_time(start);
     let sent = rig.relay.counters.forwarded_bytes.load(Ordering::Relaxed);
     let allowed = start.elapsed().as_micros() as u64 * rate / 1_000_000 + 20_000;
