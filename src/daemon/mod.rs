@@ -3,7 +3,7 @@
 //! | thread | runs | blocks in |
 //! |---|---|---|
 //! | `meshd` (the first) | tokio, current-thread: planner task, control link, local API, netlink, signals | tokio |
-//! | `meshd-data-0` | `Outbound` and `Inbound`, one batch from each ready source a turn ([`worker`]) | `poll`: TUN, UDP, wake |
+//! | `meshd-data-0` | `Outbound` and `Inbound`, one batch from each ready source a turn ([`worker`]) | `epoll`: TUN, UDP, wake |
 //! | `meshd-relay` | tokio, current-thread: the relay link ([`relay_thread`]) | tokio |
 //!
 //! Besides these tokio starts up to two helpers for name resolution and disk writes on the first thread and one on the

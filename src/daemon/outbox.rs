@@ -1,6 +1,7 @@
 //! Where the packet machines write: memory handed out before anything is sealed or opened, sent after every lock is
 //! released. Sealed datagrams of one size to one peer leave as a train, opened packets of one flow as a superpacket.
 
+use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,8 +14,9 @@ use crate::daemon::relay_thread::RelayHandle;
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Notice, PeerId, SocketId, Via};
 use crate::engine::packet::{Destination, InboundSink, OutboundSink};
+use crate::engine::steer::Steering;
 use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS};
-use crate::os::tun::Tun;
+use crate::os::tun::{FromKernel, Tun};
 use crate::os::udp::{Outgoing, PIECES, SendError, Sender, UdpSockets};
 use crate::time::Now;
 use crate::wire::keys::WgKey;
@@ -99,8 +101,11 @@ pub(super) struct Outbox {
     waiting: Vec<Waiting>,
     inner: Arena<()>,
     merger: Merger,
+    steering: Steering,
     /// Peers whose staged packets can go now.
     pub(super) established: Vec<PeerId>,
+    /// When this turn began.
+    now: Now,
 }
 
 impl Outbox {
@@ -111,7 +116,7 @@ impl Outbox {
         notices: Notices,
         drops: Arc<Drops>,
     ) -> Self {
-        let offload = tun.offload();
+        let (offload, steering) = (tun.offload(), Steering::new(tun.queues().len()));
         Self {
             tun,
             sockets,
@@ -124,8 +129,28 @@ impl Outbox {
             waiting: Vec::new(),
             inner: Arena::new(TUN_ROOM),
             merger: Merger::new(offload.tcp, offload.udp),
+            steering,
             established: Vec::new(),
+            now: Now::ZERO,
         }
+    }
+
+    /// Reads one queue of the TUN device. True: nothing is left in it.
+    ///
+    /// # Errors
+    /// The device is gone for good.
+    pub(super) fn read_tun(&mut self, queue: usize, into: &mut FromKernel) -> io::Result<bool> {
+        let empty = self.tun.receive(queue, into)?;
+        for (packet, _) in into.packets().filter(|(_, offload)| offload.is_super()) {
+            self.steering.superpacket(packet, self.now);
+        }
+        Ok(empty)
+    }
+
+    /// Whether a queue of the TUN device may be read now. Asked again for each in order, with whether the first was found
+    /// empty.
+    pub(super) fn may_read(&mut self, queue: usize, first_is_empty: bool) -> bool {
+        self.steering.may_read(queue, first_is_empty)
     }
 
     /// The TUN device.
@@ -143,10 +168,15 @@ impl Outbox {
         self.relay.carrier()
     }
 
+    /// A turn begins.
+    pub(super) fn begin(&mut self, now: Now) {
+        self.now = now;
+    }
+
     /// Sends and delivers everything written so far.
-    pub(super) fn flush(&mut self, now: Now) {
+    pub(super) fn flush(&mut self) {
         self.flush_tun();
-        self.flush_datagrams(now);
+        self.flush_datagrams();
         for notice in self.untold.drain(..) {
             self.notices.tell(notice);
         }
@@ -160,10 +190,11 @@ impl Outbox {
     }
 
     fn flush_tun(&mut self) {
-        let Self { inner, merger, tun, drops, .. } = self;
+        let Self { inner, merger, tun, steering, drops, now, .. } = self;
         merger.drain(&mut inner.bytes, |offload, memory, pieces| {
             let packets = pieces.packets();
-            if let Err(why) = tun.send(offload, memory, pieces) {
+            let queue = steering.queue(&memory[pieces.first()], *now);
+            if let Err(why) = tun.send(queue, offload, memory, pieces) {
                 drops.add(Drop::TunRefused, packets as u64);
                 tracing::trace!(%why, packets, "the kernel refused a packet");
             }
@@ -171,13 +202,13 @@ impl Outbox {
         inner.clear();
     }
 
-    fn flush_datagrams(&mut self, now: Now) {
-        self.address_relayed(now);
+    fn flush_datagrams(&mut self) {
+        self.address_relayed(self.now);
         for first in 0..self.waiting.len() {
             let Waiting { to, ecn, gone, .. } = self.waiting[first];
             match to {
                 _ if gone => {}
-                Destination::Udp { socket, remote } => self.send_train(first, socket, remote, ecn, now),
+                Destination::Udp { socket, remote } => self.send_train(first, socket, remote, ecn),
                 Destination::Relay { peer } => self.relay(first, peer),
             }
         }
@@ -203,7 +234,7 @@ impl Outbox {
     }
 
     /// Sends the datagram, and what can go with it of what comes after.
-    fn send_train(&mut self, first: usize, socket: SocketId, remote: SocketAddr, ecn: u8, now: Now) {
+    fn send_train(&mut self, first: usize, socket: SocketId, remote: SocketAddr, ecn: u8) {
         let bytes = &self.datagrams.bytes;
         let size = self.waiting[first].place.len();
         let mut place = self.waiting[first].place.clone();
@@ -237,12 +268,12 @@ impl Outbox {
         }
         pieces[used] = &bytes[place];
         let train = Outgoing { socket, remote, ecn, size, pieces: &pieces[..=used] };
-        let result = self.sender.send(&self.sockets, &train, now);
+        let result = self.sender.send(&self.sockets, &train, self.now);
         if let Some(why) = result.error {
             self.drops.add(Drop::SendFailed, result.failed as u64);
             tracing::trace!(%why, datagrams = result.failed, "datagrams were not sent");
             if why == SendError::Unreachable {
-                self.relay.carrier().with(|carrier| carrier.send_failed(remote, now));
+                self.relay.carrier().with(|carrier| carrier.send_failed(remote, self.now));
             }
         }
     }

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tokio::sync::oneshot;
 
 use crate::daemon::outbox::{FromRelay, Outbox};
@@ -19,10 +19,10 @@ use crate::engine::drops::Drop;
 use crate::engine::inbound::Inbound;
 use crate::engine::io::{SocketId, Update, Via};
 use crate::engine::outbound::Outbound;
-use crate::engine::packet::{FromTun, MIN_ROOM};
+use crate::engine::packet::{Arrival, FromTun, MIN_ROOM};
 use crate::os::clock;
 use crate::os::train::{Receiver as Trains, Train};
-use crate::os::tun::FromKernel;
+use crate::os::tun::{FromKernel, QUEUES};
 use crate::os::udp::UdpSockets;
 use crate::os::wake::Wake;
 use crate::time::Now;
@@ -69,13 +69,19 @@ type Origin = Result<Option<Via>, Drop>;
 /// What became readable.
 #[derive(Debug, Clone, Copy, Default)]
 struct Ready {
-    tun: bool,
+    tun: [bool; QUEUES],
     v4: bool,
     v6: bool,
 }
 
+/// What the kernel is to tell of: the numbers it tells by are those of the TUN queues, and these.
+const WAKE: u64 = 100;
+const V4: u64 = 101;
+const V6: u64 = 102;
+
 impl Worker {
     fn run(mut self) -> io::Result<()> {
+        let poll = self.watch()?;
         let mut from_tun = FromKernel::default();
         let mut from_udp = Trains::default();
         let mut from_relay = Vec::with_capacity(BATCH);
@@ -84,17 +90,18 @@ impl Worker {
             let heard = self.outbox.retry_notices();
             // A full batch from the relay may have left more behind, which nothing would wake us for.
             let patience = match (from_relay.len() == BATCH, heard) {
-                (true, _) => PollTimeout::ZERO,
-                (false, false) => PollTimeout::from(RETRY_MS),
-                (false, true) => PollTimeout::NONE,
+                (true, _) => EpollTimeout::ZERO,
+                (false, false) => EpollTimeout::from(RETRY_MS),
+                (false, true) => EpollTimeout::NONE,
             };
-            let ready = self.wait(patience)?;
+            let ready = self.wait(&poll, patience)?;
             if self.stop.load(Ordering::Acquire) {
                 return Ok(());
             }
             from_relay.clear();
             from_relay.extend(self.relayed.try_iter().take(BATCH));
             let mut now = clock::now();
+            self.outbox.begin(now);
             if !self.take_updates(now) {
                 return Ok(());
             }
@@ -113,37 +120,63 @@ impl Worker {
                 self.inbound.handle_datagram(&Via::Relay { peer: relayed.peer }, &relayed.bytes, now, &mut self.outbox);
             }
             self.flush_established(now);
-            self.outbox.flush(now);
-            if ready.tun {
-                self.outbox.tun().receive(&mut from_tun)?;
-                let packets = from_tun.packets().map(|(bytes, offload)| FromTun { bytes, offload });
-                self.outbound.handle_tun(packets, now, &mut self.outbox);
-                self.outbox.flush(now);
-            }
+            self.outbox.flush();
+            self.carry_out(&ready.tun, &mut from_tun, now)?;
         }
     }
 
-    fn wait(&self, patience: PollTimeout) -> io::Result<Ready> {
-        let [v4, v6] = [SocketId::V4, SocketId::V6].map(|socket| self.sockets.descriptor(socket));
-        // A socket that is missing is stood for by one that nothing is asked of.
-        let (wake, asked) =
-            (self.wake.as_fd(), |fd: Option<_>| if fd.is_some() { PollFlags::POLLIN } else { PollFlags::empty() });
-        let mut fds = [
-            PollFd::new(wake, PollFlags::POLLIN),
-            PollFd::new(self.outbox.tun().as_fd(), PollFlags::POLLIN),
-            PollFd::new(v4.unwrap_or(wake), asked(v4)),
-            PollFd::new(v6.unwrap_or(wake), asked(v6)),
-        ];
-        match poll(&mut fds, patience) {
-            Ok(_) | Err(Errno::EINTR) => {}
+    /// One batch from each queue, sent before the next is read.
+    fn carry_out(&mut self, ready: &[bool; QUEUES], from_tun: &mut FromKernel, now: Now) -> io::Result<()> {
+        let mut first_is_empty = !ready[0];
+        for (queue, _) in ready.iter().enumerate().filter(|(_, ready)| **ready) {
+            if !self.outbox.may_read(queue, first_is_empty) {
+                continue;
+            }
+            let empty = self.outbox.read_tun(queue, from_tun)?;
+            first_is_empty |= queue == 0 && empty;
+            let packets = from_tun.packets().map(|(bytes, offload)| FromTun { bytes, offload });
+            self.outbound.handle_tun(packets, now, &mut self.outbox);
+            self.outbox.flush();
+        }
+        Ok(())
+    }
+
+    fn watch(&self) -> io::Result<Epoll> {
+        let poll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let readable = |number| EpollEvent::new(EpollFlags::EPOLLIN, number);
+        poll.add(self.wake.as_fd(), readable(WAKE))?;
+        for (number, queue) in (0..).zip(self.outbox.tun().queues().take(QUEUES)) {
+            poll.add(queue, readable(number))?;
+        }
+        for (number, socket) in [(V4, SocketId::V4), (V6, SocketId::V6)] {
+            if let Some(socket) = self.sockets.descriptor(socket) {
+                poll.add(socket, readable(number))?;
+            }
+        }
+        Ok(poll)
+    }
+
+    fn wait(&self, poll: &Epoll, patience: EpollTimeout) -> io::Result<Ready> {
+        let mut events = [EpollEvent::empty(); QUEUES + 3];
+        let count = match poll.wait(&mut events, patience) {
+            Ok(count) => count,
+            Err(Errno::EINTR) => 0,
             Err(e) => return Err(e.into()),
+        };
+        let mut ready = Ready::default();
+        for event in events.iter().take(count) {
+            // An error condition counts as readable: the read then says what it is.
+            match event.data() {
+                WAKE => self.wake.silence(),
+                V4 => ready.v4 = true,
+                V6 => ready.v6 = true,
+                queue => {
+                    let queue = usize::try_from(queue).ok().and_then(|queue| ready.tun.get_mut(queue));
+                    queue.into_iter().for_each(|ready| *ready = true);
+                }
+            }
         }
-        // An error condition counts as readable: the read then says what it is.
-        let [woken, tun, v4, v6] = fds.map(|fd| fd.any() == Some(true));
-        if woken {
-            self.wake.silence();
-        }
-        Ok(Ready { tun, v4, v6 })
+        Ok(ready)
     }
 
     /// False: the planner is gone.
@@ -160,7 +193,7 @@ impl Worker {
                     self.inbound.apply(update.clone());
                     self.outbound.apply(update, now, &mut self.outbox);
                     if flushes {
-                        self.outbox.flush(now);
+                        self.outbox.flush();
                     }
                 }
                 Err(TryRecvError::Empty) => return true,
@@ -178,7 +211,8 @@ impl Worker {
                 continue;
             }
             let via = Via::Udp { socket, remote: train.from };
-            self.inbound.handle_train(&via, train.ecn, train.datagrams(), now, &mut self.outbox);
+            let arrival = Arrival { via, ecn: train.ecn, waited: train.waited };
+            self.inbound.handle_train(&arrival, train.datagrams(), now, &mut self.outbox);
         }
     }
 
@@ -201,7 +235,8 @@ impl Worker {
                 Some(Ok(Some(via))) => {
                     let head = if matches!(via, Via::Relay { .. }) { HEADER } else { 0 };
                     let payloads = datagrams.map(|bytes| bytes.get(head..).unwrap_or_default());
-                    inbound.handle_train(via, train.ecn, payloads, now, outbox);
+                    let arrival = Arrival { via: *via, ecn: train.ecn, waited: train.waited };
+                    inbound.handle_train(&arrival, payloads, now, outbox);
                 }
                 // Between the relay and the carrier.
                 Some(Ok(None)) | None => drop(datagrams.count()),
@@ -214,7 +249,7 @@ impl Worker {
     fn flush_established(&mut self, now: Now) {
         while let Some(peer) = self.outbox.established.pop() {
             self.outbound.flush(peer, now, &mut self.outbox);
-            self.outbox.flush(now);
+            self.outbox.flush();
         }
     }
 }

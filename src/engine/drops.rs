@@ -68,6 +68,8 @@ drops! {
     Replayed = "replayed",
     /// Inbound: the sealed content is no IP packet.
     BadInner = "bad-inner",
+    /// Inbound: a queue in this node stayed long, and one sender was asked to slow down by the loss of this packet.
+    QueueDelay = "queue-delay",
     /// Inbound: marked as congested on its way, and its ends do not know such marks (RFC 6040).
     Congested = "congested",
     /// Inbound: the inner source address does not belong to the peer that sent it.

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use parking_lot::{ArcMutexGuard, Mutex, RawMutex};
 use rustc_hash::FxBuildHasher;
 
+use crate::engine::aqm::{self, Codel, Sign};
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Notice, Path, PeerId, Update, Via};
-use crate::engine::packet::{InboundSink, MIN_ROOM};
+use crate::engine::packet::{Arrival, InboundSink, MIN_ROOM};
 use crate::engine::routes::Routes;
 use crate::engine::session::gate::{Gate, Verdict};
 use crate::engine::session::table::SessionTable;
@@ -31,6 +32,10 @@ pub struct Inbound {
     own: Vec<IpAddr>,
     tx_prefix: [u8; 4],
     probe_names: HashSet<[u8; 8], FxBuildHasher>,
+    /// What waits in the IPv4 and in the IPv6 socket.
+    queues: [Codel; 2],
+    /// The next packet for which that is possible tells its sender to slow down.
+    must_sign: bool,
     drops: Arc<Drops>,
 }
 
@@ -78,31 +83,38 @@ impl Inbound {
             own: config.own.clone(),
             tx_prefix: config.tx_prefix,
             probe_names: HashSet::default(),
+            queues: Default::default(),
+            must_sign: false,
             drops,
         }
     }
 
     /// Carries one datagram, from a UDP socket or out of a relay frame.
     pub fn handle_datagram(&mut self, via: &Via, bytes: &[u8], now: Now, sink: &mut impl InboundSink) {
-        self.handle_train(via, 0, [bytes], now, sink);
+        self.handle_train(&Arrival::by(*via), [bytes], now, sink);
     }
 
-    /// Carries datagrams that came the same way, in order, with the ECN field `ecn` (RFC 3168 section 5) in their outer
-    /// headers.
+    /// Carries datagrams that came together, in order.
     pub fn handle_train<'a>(
         &mut self,
-        via: &Via,
-        ecn: u8,
+        arrival: &Arrival,
         datagrams: impl IntoIterator<Item = &'a [u8]>,
         now: Now,
         sink: &mut impl InboundSink,
     ) {
+        let via = &arrival.via;
+        self.must_sign |= match (via, arrival.waited) {
+            (Via::Udp { socket, .. }, Some(waited)) => {
+                self.queues.get_mut(usize::from(socket.0)).is_some_and(|queue| queue.observe(waited, now))
+            }
+            _ => false,
+        };
         let mut run = None;
         for bytes in datagrams {
             // 1 classify
             match classify(bytes) {
                 Kind::Data => {
-                    self.data(via, ecn, bytes, &mut run, now, sink);
+                    self.data(arrival, bytes, &mut run, now, sink);
                     continue;
                 }
                 Kind::HandshakeInit | Kind::HandshakeResponse | Kind::CookieReply => {
@@ -180,7 +192,8 @@ impl Inbound {
         }
     }
 
-    fn data(&mut self, via: &Via, ecn: u8, bytes: &[u8], run: &mut Option<Run>, now: Now, sink: &mut impl InboundSink) {
+    fn data(&mut self, arrival: &Arrival, bytes: &[u8], run: &mut Option<Run>, now: Now, sink: &mut impl InboundSink) {
+        let via = &arrival.via;
         // 2 find the key: the session is locked once for its run of datagrams
         let index = wireguard::tunnel_index(wireguard::data_receiver(bytes));
         if run.as_ref().is_none_or(|run| run.index != index) {
@@ -209,8 +222,9 @@ impl Inbound {
                 Err(_) => Err(Drop::BadInner),
                 Ok((source, _)) if !self.routes.owner_is(source, run.id) => Err(Drop::SpoofedSource),
                 Ok((_, destination)) if !self.own.contains(&destination) => Err(Drop::NotForUs),
-                Ok(_) => ip::apply_ecn(inner, ecn).map_err(|_| Drop::Congested),
+                Ok(_) => ip::apply_ecn(inner, arrival.ecn).map_err(|_| Drop::Congested),
             };
+            let deliver = deliver.and_then(|()| self.sign(inner));
             // 5 queue
             match deliver {
                 Ok(()) => {
@@ -225,6 +239,16 @@ impl Inbound {
             sink.established(run.id);
             sink.notice(Notice::Confirmed(run.id));
         }
+    }
+
+    /// Asks the packet's sender to slow down, if somebody is to be asked.
+    fn sign(&mut self, packet: &mut [u8]) -> Result<(), Drop> {
+        if !self.must_sign {
+            return Ok(());
+        }
+        let sign = aqm::sign(packet);
+        self.must_sign = sign == Sign::NotThis;
+        if sign == Sign::Drop { Err(Drop::QueueDelay) } else { Ok(()) }
     }
 
     fn not_opened(&self, id: PeerId, via: &Via, why: OpenError, now: Now, sink: &mut impl InboundSink) {

@@ -3,6 +3,7 @@
 //! A node is three machines: [`planner::Planner`] decides, [`outbound::Outbound`] and [`inbound::Inbound`] carry packets.
 //! They talk only by [`io::Update`] and [`io::Notice`].
 
+pub mod aqm;
 pub mod carrier;
 pub mod drops;
 pub mod inbound;
@@ -15,6 +16,7 @@ pub mod peer;
 pub mod planner;
 pub mod routes;
 pub mod session;
+pub mod steer;
 pub(crate) mod timers;
 pub mod traffic;
 

@@ -2,6 +2,7 @@
 //! straight into the buffer that will be sent.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use crate::engine::io::{Notice, PeerId, SocketId, Via};
 use crate::wire::keys::WgKey;
@@ -26,6 +27,25 @@ impl<'a> FromTun<'a> {
     #[must_use]
     pub fn whole(bytes: &'a mut [u8]) -> Self {
         Self { bytes, offload: Offload::default() }
+    }
+}
+
+/// How datagrams came.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrival {
+    /// From where.
+    pub via: Via,
+    /// The ECN field of their outer headers (RFC 3168 section 5).
+    pub ecn: u8,
+    /// How long they waited for this node to take them, if that is known.
+    pub waited: Option<Duration>,
+}
+
+impl Arrival {
+    /// Nothing is known but from where.
+    #[must_use]
+    pub const fn by(via: Via) -> Self {
+        Self { via, ecn: 0, waited: None }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::engine::drops::{Drop, Drops};
 use crate::engine::inbound::Inbound;
 use crate::engine::io::{Command, Event, Input, LocalAddress, Notice, Output, PeerId, SocketId, Update, Via};
 use crate::engine::outbound::Outbound;
-use crate::engine::packet::{Destination, FromTun, InboundSink, OutboundSink};
+use crate::engine::packet::{Arrival, Destination, FromTun, InboundSink, OutboundSink};
 use crate::engine::planner::{Config, Limits, Planner};
 use crate::time::Now;
 use crate::trust::founding::{Terms, found, invite_record, member_record, network_id, random_ranges};
@@ -39,6 +39,8 @@ struct Node {
     flush: Vec<PeerId>,
     room: Vec<u8>,
     room_for: Option<(Destination, u8)>,
+    /// How long datagrams wait for this node.
+    waited: Duration,
 }
 
 struct Sink<'a> {
@@ -155,7 +157,8 @@ impl Node {
 
     fn receive(&mut self, via: &Via, ecn: u8, bytes: &[u8], now: Now) {
         let (inbound, mut sink) = (&mut self.inbound, sink!(self));
-        inbound.handle_train(via, ecn, [bytes], now, &mut sink);
+        let arrival = Arrival { via: *via, ecn, waited: Some(self.waited) };
+        inbound.handle_train(&arrival, [bytes], now, &mut sink);
         for peer in std::mem::take(&mut self.flush) {
             let (outbound, mut sink) = (&mut self.outbound, sink!(self));
             outbound.flush(peer, now, &mut sink);
@@ -227,6 +230,7 @@ impl Pair {
                     flush: Vec::new(),
                     room: Vec::new(),
                     room_for: None,
+                    waited: Duration::ZERO,
                 };
                 let ip = node.address().ip();
                 node.planner.handle(Input::Addresses(vec![LocalAddress { ip, prefix_len: 24 }]), Now::ZERO);
@@ -563,4 +567,35 @@ fn congestion_marks_go_through_the_tunnel_both_ways() {
         }
     }
     assert_eq!(pair.nodes[1].drops.get(Drop::Congested), 1);
+}
+
+#[test]
+fn a_queue_that_stays_long_costs_a_bulk_flow_a_packet_and_nobody_else() {
+    let mut pair = Pair::new();
+    let small = pair.packet(0, 1);
+    pair.nodes[0].send(&small, Now::ZERO);
+    pair.run(Now::from_millis(600));
+    assert_eq!(pair.path(0), PathKind::Direct);
+    let (offload, bulk) = superpacket(&pair, &[1; 3000], 1000);
+    pair.nodes[1].waited = Duration::from_millis(5);
+    pair.nodes[1].tun.clear();
+    for _ in 0..90 {
+        let now = pair.now;
+        pair.nodes[0].send(&small, now);
+        pair.run(now + Duration::from_millis(1));
+    }
+    let drops = |pair: &Pair| pair.nodes[1].drops.get(Drop::QueueDelay);
+    assert_eq!((pair.nodes[1].tun.len(), drops(&pair)), (90, 0));
+    for _ in 0..30 {
+        let now = pair.now;
+        pair.nodes[0].send(&small, now);
+        pair.nodes[0].send_super(offload, &bulk, now);
+        pair.run(now + Duration::from_millis(1));
+    }
+    // The queue was too long for an interval: one packet of the flow that fills it.
+    assert_eq!(drops(&pair), 1);
+    pair.nodes[1].waited = Duration::ZERO;
+    pair.run(pair.now + Duration::from_millis(5));
+    let arrived = |len: usize| pair.nodes[1].tun.iter().filter(|packet| packet.len() == len).count();
+    assert_eq!((arrived(small.len()), arrived(1040)), (120, 89));
 }

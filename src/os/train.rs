@@ -9,6 +9,7 @@ use std::mem;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::slice;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::errno::Errno;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -23,14 +24,18 @@ const TRAINS: usize = 8;
 /// Room for one train.
 const ROOM: usize = 1 << 16;
 const NOBODY: SocketAddr = SocketAddr::V4(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0));
-/// Room for what the kernel tells about a train: its datagrams' size, and the traffic class.
-const CONTROL: usize = 64;
+/// Room for what the kernel tells about a train: its datagrams' size, the traffic class, and when it came.
+const CONTROL: usize = 128;
+/// A wait longer than this is a clock that was set.
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
 /// Switches a socket to telling ECN marks, and if `trains` to receiving trains. True if the kernel does put datagrams
 /// together (Linux 5.0).
 pub fn enable(socket: &Socket, trains: bool, v6: bool) -> bool {
     // Without the marks, congestion shows as loss, as it does with most tunnels.
     let _ = if v6 { socket.set_recv_tclass_v6(true) } else { socket.set_recv_tos_v4(true) };
+    // Without the time, a queue that stays long is not noticed.
+    let _ = setsockopt(socket, sockopt::ReceiveTimestampns, &true);
     trains && setsockopt(socket, sockopt::UdpGroSegment, &true).is_ok()
 }
 
@@ -44,9 +49,10 @@ pub struct Receiver {
 #[derive(Debug, Clone, Copy)]
 struct Meta {
     from: SocketAddr,
-    ecn: u8,
     len: usize,
     size: usize,
+    ecn: u8,
+    waited: Option<Duration>,
 }
 
 /// Datagrams that came from one address with one ECN mark.
@@ -56,6 +62,8 @@ pub struct Train<'a> {
     pub from: SocketAddr,
     /// The ECN field of the IP header, RFC 3168 section 5.
     pub ecn: u8,
+    /// How long it was in the socket's queue.
+    pub waited: Option<Duration>,
     bytes: &'a [u8],
     size: usize,
 }
@@ -77,7 +85,7 @@ impl Default for Receiver {
     fn default() -> Self {
         Self {
             bytes: vec![0; TRAINS * ROOM].into_boxed_slice(),
-            trains: [Meta { from: NOBODY, ecn: 0, len: 0, size: 1 }; TRAINS],
+            trains: [Meta { from: NOBODY, len: 0, size: 1, ecn: 0, waited: None }; TRAINS],
             filled: 0,
         }
     }
@@ -133,11 +141,13 @@ impl Receiver {
             )
         };
         let got = usize::try_from(Errno::result(got)?).unwrap_or_default();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         for ((header, name), meta) in headers.iter().zip(&names).zip(&mut self.trains).take(got) {
-            let (size, ecn) = told(&header.msg_hdr);
+            let told = told(&header.msg_hdr);
             // Only an address of a family that was not asked for is none; then there is nothing to look at.
             let (from, len) = address(name).map_or((NOBODY, 0), |from| (from, header.msg_len as usize));
-            *meta = Meta { from, ecn, len, size: size.unwrap_or(len).max(1) };
+            let waited = told.came.and_then(|came| now.checked_sub(came)).filter(|waited| *waited < LONGEST_WAIT);
+            *meta = Meta { from, len, size: told.size.unwrap_or(len).max(1), ecn: told.ecn, waited };
         }
         self.filled = got.min(TRAINS);
         Ok(())
@@ -154,15 +164,25 @@ impl Receiver {
         self.trains[..self.filled].iter().zip(self.bytes.chunks(ROOM)).map(|(meta, bytes)| Train {
             from: meta.from,
             ecn: meta.ecn,
+            waited: meta.waited,
             bytes: bytes.get(..meta.len).unwrap_or_default(),
             size: meta.size,
         })
     }
 }
 
-/// The size of the train's datagrams, if there is more than one, and the ECN field.
-fn told(header: &libc::msghdr) -> (Option<usize>, u8) {
-    let (mut size, mut ecn) = (None, 0);
+/// What the kernel tells about a train.
+#[derive(Debug, Default)]
+struct Told {
+    /// Its datagrams' size, if there is more than one.
+    size: Option<usize>,
+    ecn: u8,
+    /// When it came, since 1970.
+    came: Option<Duration>,
+}
+
+fn told(header: &libc::msghdr) -> Told {
+    let mut told = Told::default();
     #[expect(unsafe_code, reason = "the kernel's list is walked by the C library's own rules")]
     // SAFETY: `header` was filled by a successful receiving call and its control memory is still there; these functions stay
     // within `msg_controllen`. Each kind of data is read with the size the kernel writes it with.
@@ -172,18 +192,23 @@ fn told(header: &libc::msghdr) -> (Option<usize>, u8) {
             let data = libc::CMSG_DATA(cmsg);
             match (cmsg.cmsg_level, cmsg.cmsg_type) {
                 (libc::SOL_UDP, libc::UDP_GRO) => {
-                    size = usize::try_from(data.cast::<libc::c_int>().read_unaligned()).ok();
+                    told.size = usize::try_from(data.cast::<libc::c_int>().read_unaligned()).ok();
                 }
-                (libc::IPPROTO_IP, libc::IP_TOS) => ecn = data.read() & 3,
+                (libc::IPPROTO_IP, libc::IP_TOS) => told.ecn = data.read() & 3,
                 (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
-                    ecn = (data.cast::<libc::c_int>().read_unaligned() & 3) as u8;
+                    told.ecn = (data.cast::<libc::c_int>().read_unaligned() & 3) as u8;
+                }
+                (libc::SOL_SOCKET, libc::SCM_TIMESTAMPNS) => {
+                    let time = data.cast::<libc::timespec>().read_unaligned();
+                    let seconds = u64::try_from(time.tv_sec).unwrap_or_default();
+                    told.came = Some(Duration::new(seconds, u32::try_from(time.tv_nsec).unwrap_or_default()));
                 }
                 _ => {}
             }
             message = libc::CMSG_NXTHDR(header, cmsg);
         }
     }
-    (size, ecn)
+    told
 }
 
 /// An address without flow information, and with a scope only where it means something (link-local).
@@ -308,6 +333,7 @@ mod tests {
             receiver.receive(socket.as_fd());
             for train in receiver.trains() {
                 trains += 1;
+                assert!(train.waited.is_some_and(|waited| waited < Duration::from_secs(5)), "{:?}", train.waited);
                 for datagram in train.datagrams() {
                     bytes -= datagram.len();
                     got.push((train.from, train.ecn, datagram.to_vec()));

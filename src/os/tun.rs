@@ -4,6 +4,7 @@
 //! descriptor closes, however the process ends, the interface and its addresses and routes are gone.
 //!
 //! With offload (`IFF_VNET_HDR`) every packet has ten bytes in front, and one may stand for many: [`crate::wire::offload`].
+//! With it there are several queues too, so that flows need not wait for each other: [`crate::engine::steer`].
 
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -30,16 +31,18 @@ const MAX_NAME: usize = 15;
 /// How long a name may still be held by a daemon that is ending.
 const NAME_PATIENCE: Duration = Duration::from_millis(1_500);
 
-/// Packets of one turn.
+/// Queues of a device with offload.
+pub const QUEUES: usize = 4;
+/// Packets of one queue in one turn.
 const PACKETS: usize = 64;
 /// What one read may bring.
 const ROOM: usize = HEADER + MAX_SUPERPACKET;
-/// Memory for the packets of one turn: a full superpacket after many small ones, or after another.
-const MEMORY: usize = 3 * ROOM;
+/// Memory for the packets of one queue in one turn: a superpacket after many small ones, or after another.
+const MEMORY: usize = 2 * ROOM;
 
 /// An open TUN device, without addresses and down until [`crate::os::netlink::Netlink::bring_up`].
 pub struct Tun {
-    device: SyncDevice,
+    queues: Vec<SyncDevice>,
     name: String,
     index: u32,
     offload: Offloads,
@@ -60,6 +63,7 @@ impl std::fmt::Debug for Tun {
             .field("name", &self.name)
             .field("index", &self.index)
             .field("offload", &self.offload)
+            .field("queues", &self.queues.len())
             .finish_non_exhaustive()
     }
 }
@@ -160,7 +164,7 @@ impl Tun {
         };
         let build = |offload: bool| {
             let more = |more: &mut tun_rs::DeviceBuilderGuard<'_>| {
-                more.offload(offload);
+                more.offload(offload).multi_queue(offload);
             };
             DeviceBuilder::new().name(name).inherit_enable_state().with(more).build_sync()
         };
@@ -173,11 +177,23 @@ impl Tun {
         };
         let device = device.map_err(named)?;
         let offload = Offloads { tcp: device.tcp_gso(), udp: device.udp_gso() };
-        let flags = fcntl(&device, FcntlArg::F_GETFL).map_err(io::Error::from)?;
-        let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
-        fcntl(&device, FcntlArg::F_SETFL(flags)).map_err(io::Error::from)?;
+        let mut queues = vec![device];
+        while offload.tcp && queues.len() < QUEUES {
+            match queues[0].try_clone() {
+                Ok(queue) => queues.push(queue),
+                Err(error) => {
+                    tracing::info!(%error, queues = queues.len(), "the interface has fewer queues than it could use");
+                    break;
+                }
+            }
+        }
+        for queue in &queues {
+            let flags = fcntl(queue, FcntlArg::F_GETFL).map_err(io::Error::from)?;
+            let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
+            fcntl(queue, FcntlArg::F_SETFL(flags)).map_err(io::Error::from)?;
+        }
         let index = if_nametoindex(name).map_err(io::Error::from)?;
-        Ok(Self { device, name: name.into(), index, offload })
+        Ok(Self { queues, name: name.into(), index, offload })
     }
 
     /// The interface's name.
@@ -198,34 +214,42 @@ impl Tun {
         self.offload
     }
 
-    /// Takes what the kernel has for the mesh, as far as there is room, in the place of what `batch` held.
+    /// The descriptors of its queues, to poll them.
+    pub fn queues(&self) -> impl ExactSizeIterator<Item = BorrowedFd<'_>> {
+        self.queues.iter().map(AsFd::as_fd)
+    }
+
+    /// Takes what the kernel has for the mesh in one queue, as far as there is room, in the place of what `batch` held.
+    /// True: nothing is left.
     ///
     /// # Errors
     /// The device is gone for good.
-    pub fn receive(&self, batch: &mut FromKernel) -> io::Result<()> {
+    pub fn receive(&self, queue: usize, batch: &mut FromKernel) -> io::Result<bool> {
         batch.packets.clear();
+        let Some(queue) = self.queues.get(queue) else { return Ok(true) };
         let mut at = 0;
         while let Some(room) = batch.bytes.get_mut(at..at + ROOM).filter(|_| batch.packets.len() < PACKETS) {
-            match read(&self.device, room) {
+            match read(queue, room) {
                 Ok(len) => {
                     batch.keep(at, len, self.offload.tcp);
                     // Headers are read and written as numbers: let each begin at an even place.
                     at += len.next_multiple_of(8);
                 }
                 // EIO: the interface was set down by somebody; it may come up again.
-                Err(Errno::EAGAIN | Errno::EIO) => return Ok(()),
+                Err(Errno::EAGAIN | Errno::EIO) => return Ok(true),
                 Err(Errno::EINTR) => {}
                 Err(e) => return Err(e.into()),
             }
         }
-        Ok(())
+        Ok(false)
     }
 
-    /// Gives a packet, or a superpacket, to the kernel: the `pieces` of `memory`, put together.
+    /// Gives a packet, or a superpacket, to the kernel in one queue: the `pieces` of `memory`, put together.
     ///
     /// # Errors
     /// The kernel refused it (malformed, or the interface is down).
-    pub fn send(&self, offload: &Offload, memory: &[u8], pieces: Pieces<'_>) -> io::Result<()> {
+    pub fn send(&self, queue: usize, offload: &Offload, memory: &[u8], pieces: Pieces<'_>) -> io::Result<()> {
+        let queue = self.queues.get(queue).ok_or(Errno::EINVAL)?;
         let header = offload.encode();
         let mut slices = [IoSlice::new(&[]); 1 + MAX_PACKETS];
         let mut used = 0;
@@ -241,7 +265,7 @@ impl Tun {
             used += 1;
         }
         loop {
-            match writev(&self.device, &slices[..used]) {
+            match writev(queue, &slices[..used]) {
                 Err(Errno::EINTR) => {}
                 written => return written.map(drop).map_err(io::Error::from),
             }
@@ -291,12 +315,6 @@ impl FromKernel {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.packets.is_empty()
-    }
-}
-
-impl AsFd for Tun {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.device.as_fd()
     }
 }
 

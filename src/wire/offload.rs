@@ -404,6 +404,12 @@ pub struct Pieces<'a> {
 }
 
 impl Pieces<'_> {
+    /// The place of the first packet, with the headers.
+    #[must_use]
+    pub fn first(&self) -> Range<usize> {
+        self.packets[self.group.first].0.clone()
+    }
+
     /// How many packets there were.
     #[must_use]
     pub const fn packets(&self) -> usize {
