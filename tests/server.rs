@@ -198,7 +198,7 @@ fn answers(message: &ToNode) -> Option<u64> {
         | ToNode::Located { re, .. }
         | ToNode::Pong { re, .. }
         | ToNode::RelayOpened { re, .. } => Some(*re),
-        ToNode::Log { .. } | ToNode::Presence { .. } | ToNode::RelayBudget { .. } => None,
+        ToNode::Log { .. } | ToNode::Presence { .. } | ToNode::Adverts { .. } | ToNode::RelayBudget { .. } => None,
     }
 }
 

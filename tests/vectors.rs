@@ -13,7 +13,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use ed25519_dalek::SigningKey;
-use meshd::trust::founding::{admin_record, invite_key, member_record, network_id, revoke_record, route_grant_record};
+use meshd::trust::advert::{Advert, SignedAdvert};
+use meshd::trust::founding::{
+    admin_record, invite_key, member_record, network_id, revoke_record, route_grant_record, route_revoke_record,
+};
 use meshd::trust::keys::{NodeKeys, Secret32};
 use meshd::trust::ledger::{Judge, Ledger};
 use meshd::trust::record::{Genesis, Invite, Record, RevokeTarget, SignedRecord, member_ipv6};
@@ -121,9 +124,23 @@ fn records() -> Vec<(&'static str, SignedRecord)> {
         ("invite-full", full),
         ("member", home.member()),
         ("route-grant", route_grant_record(&admin, network, who, "192.168.1.0/24".parse().unwrap(), NOW)),
+        ("route-revoke", route_revoke_record(&admin, network, who, "192.168.1.0/24".parse().unwrap(), NOW + 1)),
         ("revoke-identity", revoke_record(&admin, network, RevokeTarget::Identity(who), NOW)),
         ("revoke-invite", revoke_record(&admin, network, RevokeTarget::Invite(invite_key(&home.invite)), NOW)),
     ]
+}
+
+fn advert() -> SignedAdvert {
+    let home = Home::new();
+    let advert = Advert {
+        v: 1,
+        network: home.network(),
+        identity: home.keys.identity_key(),
+        number: NOW * 1_000_000,
+        routes: vec!["192.168.1.0/24".parse().unwrap(), "2001:db8:1::/48".parse().unwrap()],
+        resting: vec!["0.0.0.0/0".parse().unwrap()],
+    };
+    SignedAdvert::sign(&advert, &home.keys.identity.signing_key())
 }
 
 fn to_coordinator() -> Vec<ToCoordinator> {
@@ -140,6 +157,7 @@ fn to_coordinator() -> Vec<ToCoordinator> {
         ToCoordinator::OpenRelay { re: 6 },
         ToCoordinator::Locate { re: 7, peer: WgKey([7; 32]) },
         ToCoordinator::Announce { re: 8, open: vec!["203.0.113.7:50112".parse().unwrap()] },
+        ToCoordinator::Advertise { re: 9, advert: advert() },
     ]
 }
 
@@ -182,13 +200,14 @@ fn to_node() -> Vec<ToNode> {
             observed: Some("203.0.113.7".parse().unwrap()),
             open: vec!["203.0.113.7:50112".parse().unwrap()],
         },
+        ToNode::Adverts { adverts: vec![advert()] },
     ]
 }
 
 /// A new message fails to compile here until it has a name, and the test until it has a vector.
-const TO_COORDINATOR: [&str; 9] =
-    ["found", "propose", "redeem", "hello", "publish", "ping", "open-relay", "locate", "announce"];
-const TO_NODE: [&str; 11] = [
+const TO_COORDINATOR: [&str; 10] =
+    ["found", "propose", "redeem", "hello", "publish", "ping", "open-relay", "locate", "announce", "advertise"];
+const TO_NODE: [&str; 12] = [
     "refused",
     "proposal",
     "joined",
@@ -200,6 +219,7 @@ const TO_NODE: [&str; 11] = [
     "relay-opened",
     "relay-budget",
     "located",
+    "adverts",
 ];
 
 fn name_to_coordinator(message: &ToCoordinator) -> &'static str {
@@ -213,6 +233,7 @@ fn name_to_coordinator(message: &ToCoordinator) -> &'static str {
         ToCoordinator::OpenRelay { .. } => "open-relay",
         ToCoordinator::Locate { .. } => "locate",
         ToCoordinator::Announce { .. } => "announce",
+        ToCoordinator::Advertise { .. } => "advertise",
     }
 }
 
@@ -229,6 +250,7 @@ fn name_to_node(message: &ToNode) -> &'static str {
         ToNode::RelayOpened { .. } => "relay-opened",
         ToNode::RelayBudget { .. } => "relay-budget",
         ToNode::Located { .. } => "located",
+        ToNode::Adverts { .. } => "adverts",
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::cli::cidr::{self, Prefixes};
 use crate::cli::error::{CliError, Kind};
 use crate::cli::{Global, client, duration};
 use crate::wire::local::{Call, Response};
@@ -15,6 +16,7 @@ treat it like a password.
 Examples:
   meshd invite                              one machine, within 24 hours
   meshd invite --name nas                   one machine, which will be called nas
+  meshd invite --name nas --routes 192.168.1.0/24
   meshd invite --uses 10 --expires 7d > token
   meshd invite | ssh nas meshd up --token-file -")]
 pub struct Args {
@@ -30,6 +32,9 @@ pub struct Args {
     /// The machine becomes an admin: it may invite and remove others
     #[arg(long)]
     admin: bool,
+    /// Subnets the machine may lead to without further approval, such as 192.168.1.0/24
+    #[arg(long, value_name = "CIDR,…", value_parser = cidr::parse_list)]
+    routes: Option<Prefixes>,
 }
 
 pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
@@ -42,7 +47,7 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
         uses: args.uses,
         expires_s: args.expires.as_secs().max(1),
         admin: args.admin,
-        routes: Vec::new(),
+        routes: args.routes.as_ref().map(|list| list.0.clone()).unwrap_or_default(),
     };
     let token = client::ask(global, call, |reply| if let Response::Token(t) = reply { Some(t) } else { None })?;
     global.output().show(&token, |t| t.token.clone())

@@ -5,6 +5,7 @@
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
+mod cidr;
 mod client;
 mod completions;
 pub mod coordinator;
@@ -19,6 +20,7 @@ mod netcheck;
 pub mod output;
 mod ping;
 mod remove;
+mod routes;
 mod size;
 mod status;
 mod up;
@@ -123,6 +125,8 @@ pub enum Command {
     Invite(invite::Args),
     /// Put a node out of the network for good (admin nodes only)
     Remove(remove::Args),
+    /// List the subnets behind nodes, and say which node may lead to which (admin nodes only)
+    Routes(routes::Args),
     /// Run a coordinator: it introduces machines to each other and relays what cannot go directly
     Coordinator(coordinator::Args),
     /// Show a whole network on this one machine, in network namespaces
@@ -185,6 +189,7 @@ fn dispatch(cli: &Cli) -> Result<(), CliError> {
         Command::Ip(args) => ip::run(args, global),
         Command::Invite(args) => invite::run(args, global),
         Command::Remove(args) => remove::run(args, global),
+        Command::Routes(args) => routes::run(args, global),
         Command::Coordinator(args) => coordinator::run(args, global),
         Command::Demo(args) => demo::run(args, global),
         Command::Version => version::run(global),

@@ -10,11 +10,12 @@ use std::time::Duration;
 use ipnet::Ipv4Net;
 use serde::Serialize;
 
+use crate::cli::cidr::{self, Prefixes};
 use crate::cli::error::{CliError, Kind};
 use crate::cli::output::{BOLD, YELLOW, paint};
 use crate::cli::{Global, duration, status};
 use crate::daemon::{self, Options, TokenText, UpReport};
-use crate::wire::local::{Problem, Status};
+use crate::wire::local::{Problem, SettingsChange, Status};
 use crate::wire::version;
 
 /// More than this is no token.
@@ -33,6 +34,7 @@ Examples:
   meshd up --token-file token --name nas
   ssh laptop meshd invite | sudo meshd up --token-file -
   meshd up                                   resume after a reboot
+  meshd up --advertise-routes 192.168.1.0/24  lead others to the network this machine is in
   meshd up --foreground                      for systemd; logs to standard error")]
 pub struct Args {
     /// Claim or invite token
@@ -59,6 +61,12 @@ pub struct Args {
     /// Stay in the foreground and log to standard error
     #[arg(long)]
     foreground: bool,
+    /// Subnets this machine leads to, such as 192.168.1.0/24, or none; kept until given otherwise
+    #[arg(long, value_name = "CIDR,…", value_parser = cidr::parse_list)]
+    advertise_routes: Option<Prefixes>,
+    /// Use the subnets that others lead to [default: true]; kept until given otherwise
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    accept_routes: Option<bool>,
     /// Name of the network, when founding one [default: home]
     #[arg(long, value_name = "NAME")]
     network_name: Option<String>,
@@ -93,6 +101,10 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
         network_name: args.network_name.clone(),
         ipv4_range: args.ipv4_range,
         no_offload: args.no_offload,
+        settings: SettingsChange {
+            advertise_routes: args.advertise_routes.as_ref().map(|list| list.0.clone()),
+            accept_routes: args.accept_routes,
+        },
     };
     if args.foreground {
         return Ok(daemon::run(options)?);
@@ -194,6 +206,8 @@ mod tests {
             timeout: Duration::from_secs(30),
             foreground: false,
             no_offload: false,
+            advertise_routes: None,
+            accept_routes: None,
             network_name: None,
             ipv4_range: None,
         }

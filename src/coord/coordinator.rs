@@ -23,6 +23,7 @@ use crate::trust::record::Member;
 use crate::wire::control::{MAX_OPEN, StunServer, ToCoordinator, ToNode};
 use crate::wire::keys::{ControlKey, Digest32, WgKey};
 
+mod adverts;
 mod guests;
 mod log;
 mod storing;
@@ -102,6 +103,7 @@ pub struct Coordinator {
     pauses: BTreeSet<(Now, ConnId)>,
 
     presence: Presence,
+    adverts: adverts::Adverts,
     reservations: Reservations,
     joins: SourceLimiter,
     /// The relay's budget is spent until then.
@@ -122,6 +124,8 @@ struct Conn {
     listening: Option<Listening>,
     /// Where everybody can reach the node, by its own word.
     open: Vec<SocketAddr>,
+    /// When it has its full allowance of advertisements again.
+    adverts_full_at: Now,
 }
 
 /// A connection that said `Hello`.
@@ -159,6 +163,7 @@ impl Coordinator {
             deadlines: BTreeSet::new(),
             pauses: BTreeSet::new(),
             presence: Presence::default(),
+            adverts: adverts::Adverts::default(),
             reservations: Reservations::new(limits.reservation, limits.reservations),
             joins: SourceLimiter::new(limits.joins, Grain::HOST, limits.sources),
             relay_spent: None,
@@ -190,7 +195,9 @@ impl Coordinator {
         while let Some((_, conn)) = self.pauses.first().filter(|(at, _)| *at <= self.now).copied() {
             self.resume(conn);
         }
-        for message in self.presence.changes(self.now) {
+        let mut news = self.presence.changes(self.now);
+        news.extend(self.adverts.changes(self.now));
+        for message in news {
             let complete = |c: &&ConnId| {
                 self.conns.get(c).and_then(|conn| conn.listening).is_some_and(|listening| listening.complete)
             };
@@ -212,7 +219,7 @@ impl Coordinator {
         }
         let deadline = self.deadlines.first().map(|(at, _)| *at);
         let pause = self.pauses.first().map(|(at, _)| *at);
-        [deadline, pause, self.presence.due()].into_iter().flatten().min()
+        [deadline, pause, self.presence.due(), self.adverts.due()].into_iter().flatten().min()
     }
 
     /// The network, if there is one: what is stored, and possibly records that are just being stored.
@@ -245,8 +252,16 @@ impl Coordinator {
         let deadline = self.now + limits.guest_deadline;
         self.deadlines.insert((deadline, conn));
         self.guests += usize::from(guest);
-        let conn_state =
-            Conn { key, from, guest, spoke: false, deadline: Some(deadline), listening: None, open: Vec::new() };
+        let conn_state = Conn {
+            key,
+            from,
+            guest,
+            spoke: false,
+            deadline: Some(deadline),
+            listening: None,
+            open: Vec::new(),
+            adverts_full_at: Now::ZERO,
+        };
         self.conns.insert(conn, conn_state);
     }
 
@@ -279,6 +294,7 @@ impl Coordinator {
             ToCoordinator::OpenRelay { re } => (re, self.open_relay(conn, key, re).map(|()| None)),
             ToCoordinator::Locate { re, peer } => (re, self.locate(&key, re, &peer).map(Some)),
             ToCoordinator::Announce { re, open } => (re, self.announce(conn, &key, re, open).map(Some)),
+            ToCoordinator::Advertise { re, advert } => (re, self.advertise(conn, &key, re, advert).map(Some)),
             ToCoordinator::Publish { re, records } => (re, self.publish(conn, key, re, &records, wall).map(|()| None)),
         };
         match result {

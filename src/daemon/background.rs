@@ -20,7 +20,7 @@ use crate::daemon::{Options, UpReport, client, problem, store};
 use crate::os::{clock, lock, process};
 use crate::time::Now;
 use crate::trust::token::Token;
-use crate::wire::local::{Problem, Status};
+use crate::wire::local::{Problem, SettingsChange, Status};
 
 /// Set in the child's environment.
 const CHILD: &str = "MESHD_BACKGROUND";
@@ -61,7 +61,7 @@ pub fn spawn_background(options: &Options, timeout: Duration) -> Result<UpReport
     let options = absolute(options)?;
     let token = options.token.as_ref().map(|t| decode(t.text())).transpose()?;
     if let Some(status) = running(&options)? {
-        return already(status, token.as_ref());
+        return already(status, token.as_ref(), &options);
     }
     store::prepare_dir(&options.state_dir)?;
     let log = open_log(&options.state_dir.join("meshd.log"))?;
@@ -122,7 +122,7 @@ fn running(options: &Options) -> Result<Option<Status>, Problem> {
 }
 
 /// Running `up` again is harmless, unless the token asks for something else than what runs.
-fn already(status: Status, token: Option<&Token>) -> Result<UpReport, Problem> {
+fn already(status: Status, token: Option<&Token>, options: &Options) -> Result<UpReport, Problem> {
     let name = status.network.name.clone();
     let mut notes = vec![format!("already up in the network {name:?}")];
     match token {
@@ -132,6 +132,11 @@ fn already(status: Status, token: Option<&Token>) -> Result<UpReport, Problem> {
         Some(Token::Claim(claim)) if !claim.urls.contains(&status.coordinator.url) => return Err(other_network(&name)),
         Some(_) => notes.push("the token was not needed and not used".into()),
         None => {}
+    }
+    if options.settings != SettingsChange::default() {
+        let set = client::set(&options.socket, options.settings.clone())?;
+        notes.push("it is set up as given".into());
+        notes.extend(set.notes);
     }
     Ok(UpReport { status, already_running: true, notes, warning: None })
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::daemon::problem;
-use crate::wire::local::{Call, MAX_LINE, Problem, Request, Response, Status};
+use crate::wire::local::{Call, MAX_LINE, Problem, Request, Response, SettingsChange, SettingsDocument, Status};
 use crate::wire::version;
 
 /// The code of the problem "no daemon runs here".
@@ -51,6 +51,19 @@ pub fn status(socket: &Path) -> Result<Status, Problem> {
     for reply in call(socket, Call::Status, PATIENCE)? {
         if let Response::Status(status) = reply? {
             return Ok(*status);
+        }
+    }
+    Err(broken(&io::ErrorKind::UnexpectedEof.into()))
+}
+
+/// Changes what the node is set up to do.
+///
+/// # Errors
+/// As [`call`], or what speaks against the change.
+pub fn set(socket: &Path, change: SettingsChange) -> Result<SettingsDocument, Problem> {
+    for reply in call(socket, Call::Set { change }, PATIENCE)? {
+        if let Response::Settings(settings) = reply? {
+            return Ok(settings);
         }
     }
     Err(broken(&io::ErrorKind::UnexpectedEof.into()))

@@ -127,6 +127,7 @@ const fn asked(request: &ToCoordinator) -> u64 {
         | ToCoordinator::Locate { re, .. }
         | ToCoordinator::Announce { re, .. }
         | ToCoordinator::Ping { re }
+        | ToCoordinator::Advertise { re, .. }
         | ToCoordinator::OpenRelay { re } => *re,
     }
 }
@@ -141,6 +142,6 @@ const fn answered(message: &ToNode) -> Option<u64> {
         | ToNode::Located { re, .. }
         | ToNode::Pong { re, .. }
         | ToNode::RelayOpened { re, .. } => Some(*re),
-        ToNode::Log { .. } | ToNode::Presence { .. } | ToNode::RelayBudget { .. } => None,
+        ToNode::Log { .. } | ToNode::Presence { .. } | ToNode::Adverts { .. } | ToNode::RelayBudget { .. } => None,
     }
 }

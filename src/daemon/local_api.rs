@@ -1,5 +1,6 @@
 //! The local API: a unix socket that answers the command line. One connection, one call; see [`crate::wire::local`].
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
@@ -8,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
@@ -18,6 +20,7 @@ use crate::daemon::control_link::ControlHandle;
 use crate::daemon::health::Health;
 use crate::daemon::planner_task::PlannerHandle;
 use crate::daemon::relay_thread::RelayHandle;
+use crate::daemon::settings::SettingsDesk;
 use crate::daemon::stop::Stopper;
 use crate::daemon::watch::Known;
 use crate::daemon::{netcheck, problem};
@@ -32,7 +35,8 @@ use crate::trust::record::{RevokeTarget, SignedRecord};
 use crate::trust::token::InviteToken;
 use crate::wire::keys::ControlKey;
 use crate::wire::local::{
-    Call, DropCount, MAX_REQUEST, PathKind, Pong, Problem, Removed, Request, Response, Status, TokenReply,
+    Call, DropCount, MAX_REQUEST, PathKind, Pong, Problem, Removed, Request, Response, RouteChange, RouteList, Status,
+    TokenReply,
 };
 use crate::wire::version;
 
@@ -120,6 +124,9 @@ pub(super) struct Api {
     pub(super) health: Health,
     pub(super) drops: Arc<Drops>,
     pub(super) stopper: Stopper,
+    pub(super) settings: SettingsDesk,
+    /// Routes that something on this machine goes before, and what.
+    pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, String>>,
     /// The interface's name.
     pub(super) interface: String,
     /// Coordinator URLs, as in the token.
@@ -142,6 +149,8 @@ pub(super) struct Parts {
     pub(super) health: Health,
     pub(super) drops: Arc<Drops>,
     pub(super) stopper: Stopper,
+    pub(super) settings: SettingsDesk,
+    pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, String>>,
     pub(super) interface: String,
     pub(super) urls: Vec<String>,
     pub(super) coordinator: ControlKey,
@@ -150,8 +159,21 @@ pub(super) struct Parts {
 
 impl Api {
     pub(super) fn new(parts: Parts) -> Arc<Self> {
-        let Parts { planner, control, relay, known, health, drops, stopper, interface, urls, coordinator, gone } =
-            parts;
+        let Parts {
+            planner,
+            control,
+            relay,
+            known,
+            health,
+            drops,
+            stopper,
+            settings,
+            shadowed,
+            interface,
+            urls,
+            coordinator,
+            gone,
+        } = parts;
         let clients = Arc::new(Semaphore::new(CLIENTS as usize));
         let tokens = AtomicU64::new(1);
         Arc::new(Self {
@@ -162,6 +184,8 @@ impl Api {
             health,
             drops,
             stopper,
+            settings,
+            shadowed,
             interface,
             urls,
             coordinator,
@@ -269,7 +293,7 @@ impl Api {
                 out.write(&Response::Netcheck(Box::new(report))).await?;
             }
             Call::Invite { name, uses, expires_s, admin, routes } => {
-                let routes = routes.iter().map(ipnet::IpNet::trunc).collect();
+                let routes = routes.iter().map(IpNet::trunc).collect();
                 let terms = Terms {
                     uses,
                     expires: clock::wall().saturating_add(expires_s),
@@ -284,6 +308,24 @@ impl Api {
             Call::Remove { peer } => {
                 let reply = self.remove(peer).await?;
                 out.write(&Response::Removed(reply)).await?;
+            }
+            Call::Set { change } => {
+                let desk = self.settings.clone();
+                let set = self.planner.with(move |planner, now| {
+                    let set = desk.change(&change, planner, now)?;
+                    let notes = planner.pending_routes().into_iter().map(|(text, hint)| format!("{text}; {hint}"));
+                    Ok::<_, Problem>(set.document(notes.collect()))
+                });
+                out.write(&Response::Settings(set.await??)).await?;
+            }
+            Call::Routes => {
+                let shadowed = self.shadowed.borrow().clone();
+                let routes = self.planner.with(move |planner, _| planner.route_lines(&shadowed)).await?;
+                out.write(&Response::Routes(RouteList { schema: version::LOCAL, routes })).await?;
+            }
+            Call::RouteWord { peer, prefix, allow } => {
+                let change = self.route_word(peer, prefix.trunc(), allow).await?;
+                out.write(&Response::RouteChanged(change)).await?;
             }
             Call::Drops => {
                 let counts = Drop::ALL.iter().map(|why| DropCount {
@@ -360,6 +402,7 @@ impl Api {
             .planner
             .with(move |planner, _| {
                 as_admin(planner)?;
+                terms.routes.iter().try_for_each(|prefix| planner.check_prefix(prefix))?;
                 if let Some(name) = &terms.name
                     && planner.ledger().by_name(name).is_some()
                 {
@@ -401,6 +444,21 @@ impl Api {
         let (revoke, removed) = made?;
         self.publish(vec![revoke]).await?;
         Ok(removed)
+    }
+
+    async fn route_word(&self, peer: String, prefix: IpNet, allow: bool) -> Result<RouteChange, Problem> {
+        let made: Result<_, Problem> = self
+            .planner
+            .with(move |planner, _| {
+                as_admin(planner)?;
+                planner.route_word(&peer, prefix, allow, clock::wall())
+            })
+            .await?;
+        let (record, change) = made?;
+        if let Some(record) = record {
+            self.publish(vec![record]).await?;
+        }
+        Ok(change)
     }
 
     /// Waits until the coordinator has stored the records. If the link breaks before the answer, asks again when it is

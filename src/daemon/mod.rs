@@ -29,6 +29,7 @@ mod outbox;
 mod planner_task;
 mod relay_carrier;
 mod relay_thread;
+pub mod settings;
 mod stop;
 pub mod store;
 mod watch;
@@ -45,7 +46,7 @@ use zeroize::Zeroizing;
 
 pub use crate::daemon::background::spawn_background;
 use crate::os::process;
-use crate::wire::local::{Problem, Status};
+use crate::wire::local::{Problem, SettingsChange, Status};
 
 /// Helpers for name resolution and disk writes end when idle for so long.
 const HELPER_IDLE: Duration = Duration::from_secs(2);
@@ -72,6 +73,9 @@ pub struct Options {
     pub network_name: Option<String>,
     /// IPv4 range of the network; only for founding. Absent: a random /16 of 100.64.0.0/10 that is free here.
     pub ipv4_range: Option<Ipv4Net>,
+    /// What is to be set up otherwise than before.
+    #[serde(default)]
+    pub settings: SettingsChange,
 }
 
 /// A token as a person gave it. Not shown by `Debug`, wiped when dropped.

@@ -30,13 +30,14 @@ use crate::daemon::outbox::{Notices, Outbox};
 use crate::daemon::planner_task::{self, ToStore, Wiring};
 use crate::daemon::relay_carrier::{self, RelayCarrier};
 use crate::daemon::relay_thread::{self, Delivery};
+use crate::daemon::settings::SettingsDesk;
 use crate::daemon::stop::{Reason, Stopper};
 use crate::daemon::store::{Endpoint, State, Store};
 use crate::daemon::watch::{self as surroundings, Known, NetworkWatch};
 use crate::daemon::worker::{self, Worker};
 use crate::daemon::{Options, UpReport, control_link, problem};
 use crate::engine::drops::Drops;
-use crate::engine::io::{Event, SocketId};
+use crate::engine::io::{Event, RoutePlan, SocketId};
 use crate::engine::planner::{Config, Limits, Planner, StartError};
 use crate::os::netlink::{Changes, Netlink};
 use crate::os::tun::{Tun, TunError};
@@ -45,7 +46,7 @@ use crate::os::wake::Wake;
 use crate::os::{clock, process};
 use crate::trust::keys::{NodeKeys, Secret32};
 use crate::trust::names::label_from_hostname;
-use crate::wire::local::{Problem, Severity};
+use crate::wire::local::{Problem, SettingsChange, Severity};
 
 /// How long a node that knows its network waits for the coordinator before it calls itself up without it.
 const COORDINATOR_PATIENCE: Duration = Duration::from_secs(5);
@@ -158,7 +159,10 @@ impl Node {
         note_conditions(&health, &store, &state, &sockets);
 
         reporter.stage("connecting to the coordinator");
-        Self::assemble(store, state, membership, tun, sockets, netlink, changes, ranges, health, socket, stopper)
+        let change = &options.settings;
+        Self::assemble(
+            store, state, membership, tun, sockets, netlink, changes, ranges, health, socket, change, stopper,
+        )
     }
 
     #[expect(clippy::too_many_lines, reason = "the wiring of the whole daemon is easier to follow in one place")]
@@ -173,6 +177,7 @@ impl Node {
         ranges: Vec<IpNet>,
         health: Health,
         socket: Socket,
+        change: &SettingsChange,
         stopper: &Stopper,
     ) -> Result<Self, Problem> {
         let Membership { keys, network, records, mut notes } = membership;
@@ -184,6 +189,7 @@ impl Node {
 
         // The planner and the data thread.
         let port = sockets.port();
+        let settings = store.settings()?;
         let latest = state.latest_wall.saturating_add(1).saturating_mul(1_000_000);
         let config = Config {
             keys,
@@ -195,8 +201,12 @@ impl Node {
             seed: rand::random(),
             first_number: wall_micros().max(latest),
             limits: Limits::default(),
+            adverts: state.adverts.clone(),
+            routes: settings.wish(),
         };
-        let planner = Planner::new(config, Arc::clone(&drops), clock::now()).map_err(start_problem)?;
+        let mut planner = Planner::new(config, Arc::clone(&drops), clock::now()).map_err(start_problem)?;
+        let settings = SettingsDesk::new(store.settings_file(), settings);
+        settings.change(change, &mut planner, clock::now())?;
         let (outbound, inbound) = planner.worker();
         let wake = Wake::new().map_err(|e| thread_problem(&e))?;
         let (slow, slow_notices) = mpsc::channel(planner_task::SLOW);
@@ -277,6 +287,8 @@ impl Node {
         // Everything around them.
         let to_store = Arc::new(ToStore::default());
         *to_store.endpoints.lock() = state.endpoints.iter().map(|e| (e.peer, e.address)).collect();
+        let (routes, _) = watch::channel(RoutePlan::default());
+        let (_, shadowed) = watch::channel(BTreeMap::new());
         let (offers, offered) = mpsc::channel(1);
         let check = Arc::new(Notify::new());
         let known = Known::default();
@@ -289,6 +301,7 @@ impl Node {
             facts: fact_notices,
             store: Arc::clone(&to_store),
             resolve: offers,
+            routes,
             nudge: nudge.clone(),
             drops: Arc::clone(&drops),
         };
@@ -322,6 +335,8 @@ impl Node {
             health,
             drops,
             stopper: stopper.clone(),
+            settings,
+            shadowed,
             interface,
             urls: network.urls,
             coordinator: network.coordinator,
@@ -386,7 +401,10 @@ impl Node {
             status = self.api.status().await?;
         }
         tracing::info!(peers = status.peers.len(), connected = warning.is_none(), "the node is up");
-        let report = UpReport { status, already_running: false, notes: self.notes.clone(), warning };
+        let mut notes = self.notes.clone();
+        let pending = self.api.planner.with(|planner, _| planner.pending_routes()).await?;
+        notes.extend(pending.into_iter().map(|(text, hint)| format!("{text}; {hint}")));
+        let report = UpReport { status, already_running: false, notes, warning };
         if !reporter.ready(report) {
             return Err(problem("cancelled", "the command that started the daemon is gone", ""));
         }
@@ -409,6 +427,7 @@ impl Node {
         let state = State {
             endpoints: endpoints.into_iter().map(|(peer, address)| Endpoint { peer, address }).collect(),
             latest_wall: self.state.latest_wall.max(clock::wall()),
+            adverts: self.to_store.adverts.lock().values().cloned().collect(),
             ..self.state.clone()
         };
         match self.store.keep_state(&state) {

@@ -9,20 +9,21 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use tokio::sync::{Notify, broadcast, mpsc, oneshot};
+use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
 
 use crate::daemon::control_link::ControlHandle;
 use crate::daemon::relay_thread::RelayHandle;
 use crate::engine::drops::{Drop, Drops};
-use crate::engine::io::{Event, Input, Notice, Output, Path, Update, Via};
+use crate::engine::io::{Event, Input, Notice, Output, Path, RoutePlan, Update, Via};
 use crate::engine::planner::Planner;
 use crate::os::clock::{self, Alarm};
 use crate::os::udp::{SendError, UdpSockets};
 use crate::os::wake::Wake;
 use crate::time::Now;
+use crate::trust::advert::SignedAdvert;
 use crate::trust::record::SignedRecord;
 use crate::wire::control::StunServer;
-use crate::wire::keys::WgKey;
+use crate::wire::keys::{IdentityKey, WgKey};
 use crate::wire::local::Problem;
 
 use super::problem;
@@ -85,9 +86,10 @@ impl PlannerHandle {
 pub(super) struct ToStore {
     pub(super) records: Mutex<Vec<SignedRecord>>,
     pub(super) endpoints: Mutex<BTreeMap<WgKey, SocketAddr>>,
+    pub(super) adverts: Mutex<BTreeMap<IdentityKey, SignedAdvert>>,
     /// Rings when there are records.
     pub(super) records_changed: Notify,
-    /// Rings when there is a new endpoint.
+    /// Rings when there is a new endpoint or advertisement.
     pub(super) endpoints_changed: Notify,
     finished: AtomicBool,
 }
@@ -115,6 +117,8 @@ pub(super) struct Wiring {
     pub(super) facts: mpsc::Receiver<Notice>,
     pub(super) store: Arc<ToStore>,
     pub(super) resolve: mpsc::Sender<Vec<StunServer>>,
+    /// Hears how the system is to route.
+    pub(super) routes: watch::Sender<RoutePlan>,
     pub(super) nudge: Vec<Arc<Notify>>,
     pub(super) drops: Arc<Drops>,
 }
@@ -214,6 +218,16 @@ impl Driver {
                     self.w.store.records.lock().extend(records);
                     self.w.store.records_changed.notify_one();
                 }
+                Output::KeepAdvert { of, advert } => {
+                    let mut adverts = self.w.store.adverts.lock();
+                    match advert {
+                        Some(advert) => drop(adverts.insert(of, advert)),
+                        None => drop(adverts.remove(&of)),
+                    }
+                    drop(adverts);
+                    self.w.store.endpoints_changed.notify_one();
+                }
+                Output::Routes(plan) => drop(self.w.routes.send_replace(plan)),
                 Output::ResolveStun(servers) => {
                     // Full: an earlier offer is being resolved, and the next Welcome brings this one again.
                     let _ = self.w.resolve.try_send(servers);

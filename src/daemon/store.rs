@@ -6,7 +6,8 @@
 //! join.json      a join that was sent but not yet answered           gone once it is answered
 //! network.json   network id, coordinator, how it was joined          its presence means: joined
 //! records.jsonl  accepted records, one a line                        only appended to
-//! state.json     UDP port, last endpoints, latest wall clock         replaced
+//! state.json     UDP port, last endpoints, advertisements, clock      replaced
+//! settings.json  what a person set the node up to do                  replaced
 //! lock           flock: one daemon for each directory
 //! meshd.log      what a daemon in the background says
 //! ```
@@ -26,10 +27,12 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::daemon::problem;
+use crate::daemon::settings::Settings;
 use crate::os::clock;
 use crate::os::lock::{DirLock, LockError};
 use crate::os::process;
 use crate::time::UnixSeconds;
+use crate::trust::advert::SignedAdvert;
 use crate::trust::keys::{NodeKeys, Secret32};
 use crate::trust::record::SignedRecord;
 use crate::wire::control::ToCoordinator;
@@ -91,6 +94,9 @@ pub struct State {
     /// The latest wall clock seen, to notice a clock that was set back.
     #[serde(default)]
     pub latest_wall: UnixSeconds,
+    /// The newest advertisements heard, our own among them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub adverts: Vec<SignedAdvert>,
 }
 
 /// One peer's last known address.
@@ -129,8 +135,17 @@ impl Store {
 
     /// A directory that holds nothing but meshd's own files is made private; one that is used otherwise is left alone.
     fn tighten(&self, meta: &fs::Metadata) {
-        const OWN: [&str; 8] =
-            ["lock", "node.json", "root.json", "join.json", "network.json", "records.jsonl", "state.json", "meshd"];
+        const OWN: [&str; 9] = [
+            "lock",
+            "node.json",
+            "root.json",
+            "join.json",
+            "network.json",
+            "records.jsonl",
+            "state.json",
+            "settings.json",
+            "meshd",
+        ];
         if meta.permissions().mode() & 0o077 == 0 {
             return;
         }
@@ -279,6 +294,28 @@ impl Store {
     /// Code `state-write`.
     pub fn keep_state(&self, state: &State) -> Result<(), Problem> {
         self.write("state.json", &State { v: VERSION, ..state.clone() })
+    }
+
+    /// What a person set the node up to do.
+    ///
+    /// # Errors
+    /// Code `settings`: the file cannot be read. It is left as it is, so that nothing is set up that nobody wanted.
+    pub fn settings(&self) -> Result<Settings, Problem> {
+        let path = self.path("settings.json");
+        let Some(bytes) = read_file(&path).map_err(|e| cannot_read(&path, &e))? else { return Ok(Settings::default()) };
+        serde_json::from_slice::<Settings>(&bytes).ok().filter(|settings| settings.v == VERSION).ok_or_else(|| {
+            problem(
+                "settings",
+                format!("{} is damaged, or of another version of meshd", path.display()),
+                "correct it, or move it away to start with the defaults",
+            )
+        })
+    }
+
+    /// A handle with which settings are replaced while the daemon runs.
+    #[must_use]
+    pub fn settings_file(&self) -> SettingsFile {
+        SettingsFile { dir: self.dir.clone() }
     }
 
     /// The accepted records, in order. A torn last line (the machine stopped while it was written) is moved aside; any other
@@ -454,6 +491,26 @@ impl RecordLog {
     }
 }
 
+/// Replaces `settings.json`.
+#[derive(Debug, Clone)]
+pub struct SettingsFile {
+    dir: PathBuf,
+}
+
+impl SettingsFile {
+    /// Replaces it.
+    ///
+    /// # Errors
+    /// Code `state-write`.
+    pub fn keep(&self, settings: &Settings) -> Result<(), Problem> {
+        let write = || {
+            let text = serde_json::to_vec_pretty(settings)?;
+            write_atomically(&self.dir, "settings.json", &text)
+        };
+        write().map_err(|e: io::Error| cannot_write(&self.dir.join("settings.json"), &e))
+    }
+}
+
 fn push_line(text: &mut Vec<u8>, record: &SignedRecord) {
     // A record is strings and numbers; it always has a JSON form.
     if serde_json::to_writer(&mut *text, record).is_ok() {
@@ -584,7 +641,7 @@ mod tests {
             store.joined(&network(), &[record(1)]).unwrap();
             store.record_log().append(&[record(2), record(3)]).unwrap();
             let endpoints = vec![Endpoint { peer: WgKey([9; 32]), address: "192.0.2.1:5".parse().unwrap() }];
-            store.keep_state(&State { v: 1, port: 40_000, endpoints, latest_wall: 5 }).unwrap();
+            store.keep_state(&State { v: 1, port: 40_000, endpoints, latest_wall: 5, adverts: vec![] }).unwrap();
         }
         let mut store = Store::open(&path).unwrap();
         assert_eq!(store.keys().unwrap().unwrap().identity_key(), id);

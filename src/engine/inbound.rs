@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use parking_lot::{ArcMutexGuard, Mutex, RawMutex};
 use rustc_hash::FxBuildHasher;
 
@@ -12,7 +13,7 @@ use crate::engine::aqm::{self, Codel, Sign};
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Notice, Path, PeerId, Update, Via};
 use crate::engine::packet::{Arrival, InboundSink, MIN_ROOM};
-use crate::engine::routes::Routes;
+use crate::engine::routes::{Routes, Sources};
 use crate::engine::session::gate::{Gate, Verdict};
 use crate::engine::session::table::SessionTable;
 use crate::engine::session::tunnel::{OpenError, Opened, Tunnel};
@@ -22,10 +23,14 @@ use crate::wire::classify::{Kind, classify};
 use crate::wire::keys::WgKey;
 use crate::wire::{ip, probe, stun, wireguard};
 
+/// Stands for this node itself.
+const HERE: PeerId = PeerId(u32::MAX);
+
 /// The inbound half of a data worker.
 #[derive(Debug)]
 pub struct Inbound {
-    routes: Routes,
+    sources: Sources,
+    serves: Routes,
     peers: Vec<Option<Peer>>,
     sessions: SessionTable<(PeerId, Arc<Mutex<Tunnel>>)>,
     gate: Gate,
@@ -76,7 +81,8 @@ impl Inbound {
     #[must_use]
     pub fn new(config: &InboundConfig, drops: Arc<Drops>) -> Self {
         Self {
-            routes: Routes::default(),
+            sources: Sources::default(),
+            serves: Routes::default(),
             peers: Vec::new(),
             sessions: SessionTable::default(),
             gate: Gate::new(&config.key),
@@ -86,6 +92,14 @@ impl Inbound {
             queues: Default::default(),
             must_sign: false,
             drops,
+        }
+    }
+
+    /// Keeps the mesh's own ranges free of routes.
+    pub fn reserve(&mut self, ranges: &[IpNet]) {
+        for range in ranges {
+            self.sources.reserve(*range);
+            self.serves.reserve(*range);
         }
     }
 
@@ -140,8 +154,8 @@ impl Inbound {
     /// Takes what the planner decided.
     pub fn apply(&mut self, update: Update) {
         match update {
-            Update::Peer { peer, key, owns, traffic } => {
-                self.routes.set(peer, owns);
+            Update::Peer { peer, key, owns: _, admits, traffic } => {
+                self.sources.set(peer, admits);
                 let index = peer.0 as usize;
                 if self.peers.len() <= index {
                     self.peers.resize_with(index + 1, || None);
@@ -155,7 +169,7 @@ impl Inbound {
                 }
             }
             Update::Gone(peer) => {
-                self.routes.remove_peer(peer);
+                self.sources.remove_peer(peer);
                 if let Some(gone) = self.peers.get_mut(peer.0 as usize).and_then(Option::take) {
                     if let Some(index) = gone.index {
                         self.sessions.remove(index);
@@ -188,6 +202,7 @@ impl Inbound {
                     self.probe_names.insert(name);
                 }
             }
+            Update::Serves(prefixes) => self.serves.set(HERE, prefixes),
             Update::Established(_) | Update::GiveUp(_) => {}
         }
     }
@@ -217,11 +232,11 @@ impl Inbound {
         };
         run.heard = true;
         if !inner.is_empty() {
-            // 4 source check: the longest match of the inner source must be this very peer
+            // 4 source check: the longest match of the inner source must admit this very peer
             let deliver = match ip::source_destination(inner) {
                 Err(_) => Err(Drop::BadInner),
-                Ok((source, _)) if !self.routes.owner_is(source, run.id) => Err(Drop::SpoofedSource),
-                Ok((_, destination)) if !self.own.contains(&destination) => Err(Drop::NotForUs),
+                Ok((source, _)) if !self.sources.admits(source, run.id) => Err(Drop::SpoofedSource),
+                Ok((_, destination)) if !self.is_for_us(destination) => Err(Drop::NotForUs),
                 Ok(_) => ip::apply_ecn(inner, arrival.ecn).map_err(|_| Drop::Congested),
             };
             let deliver = deliver.and_then(|()| self.sign(inner));
@@ -318,6 +333,11 @@ impl Inbound {
                 None => Err(Drop::UnexpectedStun),
             },
         }
+    }
+
+    /// One of our addresses, or one that we lead to.
+    fn is_for_us(&self, destination: IpAddr) -> bool {
+        self.own.contains(&destination) || self.serves.lookup(destination).is_some()
     }
 
     fn peer_mut(&mut self, id: PeerId) -> Option<&mut Peer> {

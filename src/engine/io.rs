@@ -8,9 +8,10 @@ use parking_lot::Mutex;
 
 use crate::engine::session::tunnel::Tunnel;
 use crate::engine::traffic::Traffic;
+use crate::trust::advert::SignedAdvert;
 use crate::trust::record::SignedRecord;
 use crate::wire::control::{ToCoordinator, ToNode};
-use crate::wire::keys::WgKey;
+use crate::wire::keys::{IdentityKey, WgKey};
 use crate::wire::local::{Netcheck, Pong, Problem};
 
 /// A peer, as a small number the planner gives out and never reuses in one run.
@@ -87,11 +88,16 @@ pub enum Update {
         peer: PeerId,
         /// Its key, the address of relay frames.
         key: WgKey,
-        /// Prefixes it owns, host bits zero. Replaces the earlier set.
+        /// Prefixes whose packets go to it, host bits zero. Replaces the earlier set.
         owns: Vec<IpNet>,
+        /// Prefixes it may send from, host bits zero: what it owns, and what it leads to while another is asked first.
+        /// Replaces the earlier set.
+        admits: Vec<IpNet>,
         /// Its counters.
         traffic: Arc<Traffic>,
     },
+    /// Besides our own addresses, packets for these prefixes may come in: this node leads to them. Replaces the earlier set.
+    Serves(Vec<IpNet>),
     /// The peer is out: forget everything about it.
     Gone(PeerId),
     /// The peer has a tunnel object (a session may or may not be up in it).
@@ -159,6 +165,34 @@ pub struct PortMapping {
     pub protocol: String,
 }
 
+/// What this node is set up to do with routes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RouteWish {
+    /// Prefixes to advertise, host bits zero. One of length 0 offers an exit node.
+    pub advertise: Vec<IpNet>,
+    /// Those of them that are not served at the moment.
+    pub resting: Vec<IpNet>,
+    /// Use the routes of others.
+    pub accept: bool,
+    /// Send what goes nowhere else through this node.
+    pub exit_node: Option<IdentityKey>,
+}
+
+impl Default for RouteWish {
+    fn default() -> Self {
+        Self { advertise: Vec::new(), resting: Vec::new(), accept: true, exit_node: None }
+    }
+}
+
+/// What the system is to do for routes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct RoutePlan {
+    /// Prefixes that lead into the tunnel. With an exit node also those of length 0, whether it can be reached or not.
+    pub accepted: Vec<IpNet>,
+    /// Prefixes of this machine's surroundings that are forwarded to.
+    pub serving: Vec<IpNet>,
+}
+
 /// A local interface address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LocalAddress {
@@ -202,6 +236,8 @@ pub enum Input {
     PortMapped(Option<PortMapping>),
     /// The link that carries datagrams refused one for good (address family missing, interface gone).
     SendFailed(Via),
+    /// The node is set up otherwise, as far as routes go.
+    Routes(RouteWish),
     /// From the local API.
     Command(Command),
 }
@@ -261,6 +297,15 @@ pub enum Output {
     Control(ToCoordinator),
     /// Append these accepted records to the node's own store, in order.
     Persist(Vec<SignedRecord>),
+    /// Keep a member's newest advertisement over restarts; None: it is out.
+    KeepAdvert {
+        /// Whose.
+        of: IdentityKey,
+        /// What it says.
+        advert: Option<SignedAdvert>,
+    },
+    /// Make the system route as planned.
+    Routes(RoutePlan),
     /// The coordinator's STUN offer: resolve and answer with `Input::StunServers`.
     ResolveStun(Vec<crate::wire::control::StunServer>),
     /// Something a watcher may want to know.

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use parking_lot::{ArcMutexGuard, Mutex, RawMutex};
 
 use crate::engine::drops::{Drop, Drops};
@@ -61,6 +62,11 @@ impl Outbound {
         Self { routes: Routes::default(), peers: Vec::new(), staged_total: 0, scratch: Vec::new(), drops }
     }
 
+    /// Keeps the mesh's own ranges free of routes.
+    pub fn reserve(&mut self, ranges: &[IpNet]) {
+        ranges.iter().for_each(|range| self.routes.reserve(*range));
+    }
+
     /// Carries a batch of what was read from the TUN device, in order.
     pub fn handle_tun<'a>(
         &mut self,
@@ -101,7 +107,7 @@ impl Outbound {
     /// Takes what the planner decided.
     pub fn apply(&mut self, update: Update, now: Now, sink: &mut impl OutboundSink) {
         match update {
-            Update::Peer { peer, key, owns, traffic } => {
+            Update::Peer { peer, key, owns, admits: _, traffic } => {
                 self.routes.set(peer, owns);
                 let index = peer.0 as usize;
                 if self.peers.len() <= index {
@@ -141,7 +147,7 @@ impl Outbound {
             }
             Update::Established(peer) => self.flush(peer, now, sink),
             Update::GiveUp(peer) => self.drop_staged(peer, Drop::HandshakeTimeout),
-            Update::ProbeName { .. } => {}
+            Update::ProbeName { .. } | Update::Serves(_) => {}
         }
     }
 

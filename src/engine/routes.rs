@@ -1,7 +1,8 @@
 //! Which peer owns an address: the longest prefix decides, in both directions.
 //!
-//! Outbound asks it where to send, inbound asks it whether the sender owns the inner source. Nearly all lookups are for
-//! a node's own address, so single addresses are in a hash map (4 ns); the rest is in a prefix trie (30 ns).
+//! Outbound asks [`Routes`] where to send: one peer a prefix. Inbound asks [`Sources`] whether the sender may send from an
+//! address: several peers may lead to one prefix, and answers come back through whichever was asked. Nearly all lookups
+//! are for a node's own address, so single addresses are in a hash map (4 ns); the rest is in a prefix trie (30 ns).
 
 use std::net::IpAddr;
 
@@ -18,6 +19,7 @@ pub struct Routes {
     nets4: PrefixMap<Ipv4Net, PeerId>,
     nets6: PrefixMap<Ipv6Net, PeerId>,
     by_peer: FxHashMap<PeerId, Vec<IpNet>>,
+    reserved: Vec<IpNet>,
 }
 
 impl Routes {
@@ -63,23 +65,104 @@ impl Routes {
         }
     }
 
+    /// In this range only single addresses have owners: the mesh's own, which no route, however wide, takes in.
+    pub fn reserve(&mut self, range: IpNet) {
+        self.reserved.push(range);
+    }
+
     /// The owner of the longest prefix that holds `ip`.
     #[must_use]
     pub fn lookup(&self, ip: IpAddr) -> Option<PeerId> {
         if let Some(peer) = self.hosts.get(&ip) {
             return Some(*peer);
         }
+        if self.reserved.iter().any(|range| range.contains(&ip)) {
+            return None;
+        }
         match ip {
             IpAddr::V4(ip) => self.nets4.get_lpm(&Ipv4Net::from(ip)).map(|(_, peer)| *peer),
             IpAddr::V6(ip) => self.nets6.get_lpm(&Ipv6Net::from(ip)).map(|(_, peer)| *peer),
         }
     }
+}
 
-    /// True if the longest prefix that holds `ip` is this peer's.
-    #[must_use]
-    pub fn owner_is(&self, ip: IpAddr, peer: PeerId) -> bool {
-        self.lookup(ip) == Some(peer)
+/// Prefix → the peers that may send from it.
+#[derive(Debug, Default)]
+pub struct Sources {
+    hosts: FxHashMap<IpAddr, PeerId>,
+    nets4: PrefixMap<Ipv4Net, Vec<PeerId>>,
+    nets6: PrefixMap<Ipv6Net, Vec<PeerId>>,
+    by_peer: FxHashMap<PeerId, Vec<IpNet>>,
+    reserved: Vec<IpNet>,
+}
+
+impl Sources {
+    /// Makes `nets` the whole set of prefixes that a peer may send from. A single address has one owner: the last.
+    pub fn set(&mut self, peer: PeerId, nets: Vec<IpNet>) {
+        self.remove_peer(peer);
+        for net in &nets {
+            let net = net.trunc();
+            match (host(&net), net) {
+                (Some(ip), _) => drop(self.hosts.insert(ip, peer)),
+                (None, IpNet::V4(net)) => self.nets4.entry(net).or_default().push(peer),
+                (None, IpNet::V6(net)) => self.nets6.entry(net).or_default().push(peer),
+            }
+        }
+        self.by_peer.insert(peer, nets);
     }
+
+    /// Takes everything from a peer.
+    pub fn remove_peer(&mut self, peer: PeerId) {
+        for net in self.by_peer.remove(&peer).unwrap_or_default() {
+            let net = net.trunc();
+            match (host(&net), net) {
+                (Some(ip), _) => {
+                    if self.hosts.get(&ip) == Some(&peer) {
+                        self.hosts.remove(&ip);
+                    }
+                }
+                (None, IpNet::V4(net)) => {
+                    let owners = self.nets4.get_mut(&net);
+                    if owners.is_some_and(|owners| without(owners, peer)) {
+                        self.nets4.remove(&net);
+                    }
+                }
+                (None, IpNet::V6(net)) => {
+                    let owners = self.nets6.get_mut(&net);
+                    if owners.is_some_and(|owners| without(owners, peer)) {
+                        self.nets6.remove(&net);
+                    }
+                }
+            }
+        }
+    }
+
+    /// As [`Routes::reserve`].
+    pub fn reserve(&mut self, range: IpNet) {
+        self.reserved.push(range);
+    }
+
+    /// True if the longest prefix that holds `ip` is one that this peer may send from.
+    #[must_use]
+    pub fn admits(&self, ip: IpAddr, peer: PeerId) -> bool {
+        if let Some(owner) = self.hosts.get(&ip) {
+            return *owner == peer;
+        }
+        if self.reserved.iter().any(|range| range.contains(&ip)) {
+            return false;
+        }
+        let owners = match ip {
+            IpAddr::V4(ip) => self.nets4.get_lpm(&Ipv4Net::from(ip)).map(|(_, owners)| owners),
+            IpAddr::V6(ip) => self.nets6.get_lpm(&Ipv6Net::from(ip)).map(|(_, owners)| owners),
+        };
+        owners.is_some_and(|owners| owners.contains(&peer))
+    }
+}
+
+/// Takes a peer out; true: nobody is left.
+fn without(owners: &mut Vec<PeerId>, peer: PeerId) -> bool {
+    owners.retain(|owner| *owner != peer);
+    owners.is_empty()
 }
 
 /// The address of a prefix that holds just one.
@@ -183,9 +266,42 @@ mod tests {
         let mut routes = Routes::default();
         routes.insert("10.0.0.0/8".parse().unwrap(), PeerId(1));
         routes.insert("10.1.0.7/32".parse().unwrap(), PeerId(2));
-        assert!(routes.owner_is("10.1.0.8".parse().unwrap(), PeerId(1)));
-        assert!(routes.owner_is("10.1.0.7".parse().unwrap(), PeerId(2)));
-        assert!(!routes.owner_is("10.1.0.7".parse().unwrap(), PeerId(1)));
-        assert!(!routes.owner_is("11.0.0.1".parse().unwrap(), PeerId(1)));
+        let owner = |ip: &str| routes.lookup(ip.parse().unwrap());
+        assert_eq!(owner("10.1.0.8"), Some(PeerId(1)));
+        assert_eq!(owner("10.1.0.7"), Some(PeerId(2)));
+        assert_eq!(owner("11.0.0.1"), None);
+    }
+
+    #[test]
+    fn several_peers_may_send_from_a_prefix_and_the_longest_match_decides() {
+        let net = |text: &str| text.parse::<IpNet>().unwrap();
+        let mut sources = Sources::default();
+        sources.set(PeerId(1), vec![net("10.0.0.0/8"), net("100.71.0.1/32")]);
+        sources.set(PeerId(2), vec![net("10.0.0.0/8"), net("10.1.0.0/16"), net("fd00::/64")]);
+        let admits = |sources: &Sources, ip: &str, peer| sources.admits(ip.parse().unwrap(), PeerId(peer));
+        assert!(admits(&sources, "10.9.0.1", 1) && admits(&sources, "10.9.0.1", 2));
+        assert!(!admits(&sources, "10.1.0.1", 1) && admits(&sources, "10.1.0.1", 2));
+        assert!(admits(&sources, "fd00::9", 2) && !admits(&sources, "fd00::9", 1));
+        assert!(admits(&sources, "100.71.0.1", 1) && !admits(&sources, "100.71.0.1", 2));
+        sources.set(PeerId(2), vec![]);
+        assert!(admits(&sources, "10.1.0.1", 1) && !admits(&sources, "10.9.0.1", 2));
+        sources.remove_peer(PeerId(1));
+        assert!(!admits(&sources, "10.9.0.1", 1) && !admits(&sources, "100.71.0.1", 1));
+    }
+
+    /// An exit node owns the rest of the world, not the addresses that no member of the mesh has yet.
+    #[test]
+    fn no_route_takes_in_the_mesh_itself() {
+        let everything: IpNet = "0.0.0.0/0".parse().unwrap();
+        let (mut routes, mut sources) = (Routes::default(), Sources::default());
+        routes.reserve("100.71.0.0/16".parse().unwrap());
+        sources.reserve("100.71.0.0/16".parse().unwrap());
+        routes.set(PeerId(1), vec![everything, "100.71.0.1/32".parse().unwrap()]);
+        sources.set(PeerId(1), vec![everything, "100.71.0.1/32".parse().unwrap()]);
+        for (ip, owned) in [("100.71.0.1", true), ("100.71.0.9", false), ("100.72.0.1", true), ("8.8.8.8", true)] {
+            let ip: IpAddr = ip.parse().unwrap();
+            assert_eq!(routes.lookup(ip) == Some(PeerId(1)), owned, "{ip}");
+            assert_eq!(sources.admits(ip, PeerId(1)), owned, "{ip}");
+        }
     }
 }

@@ -12,14 +12,20 @@ use rand::rngs::StdRng;
 
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::inbound::Inbound;
-use crate::engine::io::{Command, Event, Input, LocalAddress, Notice, Output, PeerId, SocketId, Update, Via};
+use crate::engine::io::{
+    Command, Event, Input, LocalAddress, Notice, Output, PeerId, RouteWish, SocketId, Update, Via,
+};
 use crate::engine::outbound::Outbound;
 use crate::engine::packet::{Arrival, Destination, FromTun, InboundSink, OutboundSink};
 use crate::engine::planner::{Config, Limits, Planner};
 use crate::time::Now;
-use crate::trust::founding::{Terms, found, invite_record, member_record, network_id, random_ranges};
+use crate::trust::advert::SignedAdvert;
+use crate::trust::founding::{
+    Terms, found, invite_record, member_record, network_id, random_ranges, route_grant_record, route_revoke_record,
+};
 use crate::trust::keys::{NodeKeys, Secret32};
 use crate::trust::record::{SignedRecord, member_ipv6};
+use crate::wire::control::{ToCoordinator, ToNode, log_head};
 use crate::wire::local::{PathKind, Status};
 use crate::wire::offload::Offload;
 
@@ -41,6 +47,7 @@ struct Node {
     room_for: Option<(Destination, u8)>,
     /// How long datagrams wait for this node.
     waited: Duration,
+    adverts: Vec<SignedAdvert>,
 }
 
 struct Sink<'a> {
@@ -125,8 +132,11 @@ impl Node {
                     Output::Send { via, bytes } => self.wire.borrow_mut().push_back((self.number, via, 0, bytes)),
                     Output::Update(update) => self.apply(update, now),
                     Output::Event(event) => self.events.push(event),
+                    Output::Control(ToCoordinator::Advertise { advert, .. }) => self.adverts.push(advert),
                     Output::Control(_)
                     | Output::Persist(_)
+                    | Output::KeepAdvert { .. }
+                    | Output::Routes(_)
                     | Output::ResolveStun(_)
                     | Output::Prime { .. }
                     | Output::OpenSockets(_)
@@ -214,6 +224,8 @@ impl Pair {
                     seed: [u8::try_from(number).unwrap(); 32],
                     first_number: 1,
                     limits: Limits::default(),
+                    adverts: Vec::new(),
+                    routes: RouteWish::default(),
                 };
                 let planner = Planner::new(config, Arc::clone(&drops), Now::ZERO).unwrap();
                 let (outbound, inbound) = planner.worker();
@@ -231,6 +243,7 @@ impl Pair {
                     room: Vec::new(),
                     room_for: None,
                     waited: Duration::ZERO,
+                    adverts: Vec::new(),
                 };
                 let ip = node.address().ip();
                 node.planner.handle(Input::Addresses(vec![LocalAddress { ip, prefix_len: 24 }]), Now::ZERO);
@@ -598,4 +611,79 @@ fn a_queue_that_stays_long_costs_a_bulk_flow_a_packet_and_nobody_else() {
     pair.run(pair.now + Duration::from_millis(5));
     let arrived = |len: usize| pair.nodes[1].tun.iter().filter(|packet| packet.len() == len).count();
     assert_eq!((arrived(small.len()), arrived(1040)), (120, 89));
+}
+
+/// A packet with these addresses.
+fn between(source: [u8; 4], destination: [u8; 4]) -> Vec<u8> {
+    let mut packet = Vec::new();
+    etherparse::PacketBuilder::ipv4(source, destination, 64).udp(1, 2).write(&mut packet, b"marker").unwrap();
+    packet
+}
+
+/// Everybody hears of a record.
+fn log(pair: &mut Pair, record: &SignedRecord) {
+    for node in &mut pair.nodes {
+        let from = node.planner.ledger().log().len() as u64;
+        let head = log_head(node.planner.ledger().head(), record);
+        let message = ToNode::Log { from, records: vec![record.clone()], head, end: true };
+        node.planner.handle(Input::Control(message), pair.now);
+        node.settle(pair.now);
+    }
+}
+
+#[test]
+fn packets_for_a_subnet_go_through_its_router_once_both_it_and_an_admin_say_so() {
+    let mut pair = Pair::new();
+    let lan: ipnet::IpNet = "192.168.7.0/24".parse().unwrap();
+    let me = pair.nodes[0].planner.me().ipv4.octets();
+    let there = between(me, [192, 168, 7, 9]);
+    let back = between([192, 168, 7, 9], me);
+    let beside = between([192, 168, 8, 9], me);
+    let try_it = |pair: &mut Pair| {
+        let before = [pair.nodes[0].tun.len(), pair.nodes[1].tun.len()];
+        let now = pair.now;
+        pair.nodes[0].send(&there, now);
+        pair.nodes[1].send(&back, now);
+        pair.nodes[1].send(&beside, now);
+        pair.run(now + Duration::from_millis(100));
+        let new = |n: usize, wanted: &[u8]| pair.nodes[n].tun[before[n]..].iter().any(|p| p == wanted);
+        assert!(!new(0, &beside), "from beside what the router leads to");
+        (new(1, &there), new(0, &back))
+    };
+    assert_eq!(try_it(&mut pair), (false, false));
+    for node in &mut pair.nodes {
+        node.planner.handle(Input::ControlUp, Now::ZERO);
+    }
+    let wish = RouteWish { advertise: vec![lan], ..RouteWish::default() };
+    let now = pair.now;
+    pair.nodes[1].planner.handle(Input::Routes(wish), now);
+    pair.nodes[1].settle(now);
+    let advert = pair.nodes[1].adverts.pop().expect("it is told to the coordinator");
+    pair.nodes[0].planner.handle(Input::Control(ToNode::Adverts { adverts: vec![advert] }), now);
+    pair.nodes[0].settle(now);
+    assert_eq!(try_it(&mut pair), (false, false), "not granted");
+    let (admin, router) = (&pair.nodes[0].planner.keys().identity.signing_key(), pair.nodes[1].planner.me().identity);
+    let network = pair.nodes[0].planner.ledger().network();
+    log(&mut pair, &route_grant_record(admin, network, router, lan, 5));
+    assert_eq!(try_it(&mut pair), (true, true));
+    assert_eq!(pair.status(0).peers[0].routes, [lan]);
+    // What goes past what it leads to is not let in.
+    let past = between(me, [192, 168, 7, 9].map(|b| b + 1));
+    let dropped = pair.nodes[1].drops.get(Drop::NotForUs);
+    let peer = pair.nodes[0].planner.find_peer("b").unwrap();
+    let everything = Update::Peer {
+        peer,
+        key: pair.nodes[1].planner.me().wg,
+        owns: vec!["0.0.0.0/0".parse().unwrap()],
+        admits: Vec::new(),
+        traffic: Arc::default(),
+    };
+    let now = pair.now;
+    pair.nodes[0].apply(everything, now);
+    pair.nodes[0].send(&past, now);
+    pair.run(now + Duration::from_millis(50));
+    assert_eq!(pair.nodes[1].drops.get(Drop::NotForUs), dropped + 1);
+    // Taken back.
+    log(&mut pair, &route_revoke_record(admin, network, router, lan, 5));
+    assert_eq!(try_it(&mut pair), (false, false));
 }

@@ -12,7 +12,7 @@ use crate::time::UnixSeconds;
 use crate::trust::keys::{NodeKeys, Secret32};
 use crate::trust::ledger::RECORD_VERSION;
 use crate::trust::record::{
-    Admin, Genesis, Invite, Member, Record, Revoke, RevokeTarget, RouteGrant, SignedRecord, member_ipv6,
+    Admin, Genesis, Invite, Member, Record, Revoke, RevokeTarget, RouteGrant, RouteRevoke, SignedRecord, member_ipv6,
 };
 use crate::wire::keys::{IdentityKey, InviteKey, NetworkId};
 
@@ -144,7 +144,8 @@ pub fn revoke_record(signer: &SigningKey, network: NetworkId, target: RevokeTarg
     SignedRecord::sign(&Record::Revoke(revoke), signer)
 }
 
-/// Allows a node to announce a prefix (host bits zero). `signer` is an admin's identity key or the root key.
+/// Allows a node to announce a prefix (host bits zero). `signer` is an admin's identity key or the root key. `now` must be
+/// after an earlier refusal, see [`crate::trust::ledger::Ledger::route_said_at`].
 #[must_use]
 pub fn route_grant_record(
     signer: &SigningKey,
@@ -155,6 +156,20 @@ pub fn route_grant_record(
 ) -> SignedRecord {
     let grant = RouteGrant { v: RECORD_VERSION, network, identity: who, prefix, created: now };
     SignedRecord::sign(&Record::RouteGrant(grant), signer)
+}
+
+/// Takes a node's permission to announce a prefix (host bits zero) back. `signer` is an admin's identity key or the root
+/// key. `now` must not be before what it takes back, see [`crate::trust::ledger::Ledger::route_said_at`].
+#[must_use]
+pub fn route_revoke_record(
+    signer: &SigningKey,
+    network: NetworkId,
+    who: IdentityKey,
+    prefix: IpNet,
+    now: UnixSeconds,
+) -> SignedRecord {
+    let revoke = RouteRevoke { v: RECORD_VERSION, network, identity: who, prefix, created: now };
+    SignedRecord::sign(&Record::RouteRevoke(revoke), signer)
 }
 
 #[cfg(test)]

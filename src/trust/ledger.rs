@@ -92,6 +92,8 @@ pub enum Change {
     InviteRevoked(InviteKey),
     /// A prefix may be announced.
     RouteGranted(IdentityKey),
+    /// A prefix may not be announced any more.
+    RouteRevoked(IdentityKey),
 }
 
 /// Accepted records of one network, in the order accepted. Refused records leave no trace.
@@ -109,7 +111,7 @@ pub struct Ledger {
     /// Everyone ever admitted. Live unless revoked.
     nodes: BTreeMap<IdentityKey, Node>,
     revoked: BTreeMap<IdentityKey, usize>,
-    grants: BTreeMap<IdentityKey, BTreeMap<IpNet, usize>>,
+    grants: BTreeMap<IdentityKey, BTreeMap<IpNet, Said>>,
     /// Keys ever used: they never change hands.
     wg: BTreeMap<WgKey, IdentityKey>,
     control: BTreeMap<ControlKey, IdentityKey>,
@@ -119,6 +121,10 @@ pub struct Ledger {
     taken: TakenAddresses,
     live: usize,
 }
+
+/// What admins said about one node and prefix: when, and whether it took permission back; and where that stands in the log.
+/// The last entry counts. So the order in which a coordinator hands records on makes no difference.
+type Said = BTreeMap<(UnixSeconds, bool), usize>;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Node {
@@ -376,16 +382,42 @@ impl Ledger {
         self.log.get(self.invites.get(key)?.at)
     }
 
-    /// The prefixes this identity may announce: those granted and those its invite implies. Sorted; empty once revoked.
+    /// The prefixes this identity may announce: those granted and those its invite implies, unless taken back since.
+    /// Sorted; empty once revoked.
     #[must_use]
     pub fn grants(&self, identity: &IdentityKey) -> Vec<IpNet> {
         if self.is_revoked(identity) {
             return Vec::new();
         }
-        let implied = self.nodes.get(identity).and_then(|node| self.invites.get(&node.member.invite));
-        let mut prefixes: BTreeSet<IpNet> = implied.iter().flat_map(|i| i.invite.routes.iter().copied()).collect();
+        let mut prefixes: BTreeSet<IpNet> =
+            self.implied(identity).into_iter().flat_map(|i| i.routes.iter().copied()).collect();
         prefixes.extend(self.grants.get(identity).into_iter().flat_map(BTreeMap::keys));
-        prefixes.into_iter().collect()
+        prefixes.into_iter().filter(|prefix| self.may_announce(identity, prefix)).collect()
+    }
+
+    /// Whether this identity may announce exactly this prefix.
+    #[must_use]
+    pub fn may_announce(&self, identity: &IdentityKey, prefix: &IpNet) -> bool {
+        let newest = self.route_said(identity, prefix);
+        !self.is_revoked(identity) && newest.is_some_and(|(_, taken_back)| !taken_back)
+    }
+
+    /// When an admin last allowed this identity this prefix, or took it back. A record that is to change that must be newer.
+    #[must_use]
+    pub fn route_said_at(&self, identity: &IdentityKey, prefix: &IpNet) -> Option<UnixSeconds> {
+        self.route_said(identity, prefix).map(|(at, _)| at)
+    }
+
+    /// When what counts was said, and whether it took permission back.
+    fn route_said(&self, identity: &IdentityKey, prefix: &IpNet) -> Option<(UnixSeconds, bool)> {
+        let implied = self.implied(identity).filter(|i| i.routes.contains(prefix)).map(|i| (i.created, false));
+        let said = self.grants.get(identity).and_then(|p| p.get(prefix)).and_then(|said| said.last_key_value());
+        implied.max(said.map(|(key, _)| *key))
+    }
+
+    /// The invite that admitted this identity.
+    fn implied(&self, identity: &IdentityKey) -> Option<&Invite> {
+        self.nodes.get(identity).and_then(|node| self.invites.get(&node.member.invite)).map(|open| &open.invite)
     }
 
     // Records for somebody who only knows the network id.

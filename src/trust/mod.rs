@@ -4,6 +4,7 @@
 //! its word counts for nothing. A node starts from the network id in its own token and accepts what the chain proves.
 
 pub mod addresses;
+pub mod advert;
 pub mod founding;
 pub mod keys;
 pub mod ledger;

@@ -48,6 +48,8 @@ pub enum Record {
     /// Signed by an admin.
     RouteGrant(RouteGrant),
     /// Signed by an admin.
+    RouteRevoke(RouteRevoke),
+    /// Signed by an admin.
     Revoke(Revoke),
 }
 
@@ -135,7 +137,7 @@ pub struct Member {
     pub created: UnixSeconds,
 }
 
-/// Permission to announce a prefix.
+/// Permission to announce a prefix. A prefix of length 0 is permission to be an exit node for that address family.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteGrant {
     /// Record format version: 1.
@@ -143,6 +145,22 @@ pub struct RouteGrant {
     /// The network.
     pub network: NetworkId,
     /// Who may announce it.
+    pub identity: IdentityKey,
+    /// The prefix, host bits zero.
+    pub prefix: IpNet,
+    /// When.
+    pub created: UnixSeconds,
+}
+
+/// Takes permission to announce a prefix back, whether it came by a grant or with the node's invite. Of all that was said
+/// about one node and prefix the newest `created` counts, whatever order it arrives in; at the same second, the refusal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteRevoke {
+    /// Record format version: 1.
+    pub v: u16,
+    /// The network.
+    pub network: NetworkId,
+    /// Who may not announce it any more.
     pub identity: IdentityKey,
     /// The prefix, host bits zero.
     pub prefix: IpNet,

@@ -9,6 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use serde::{Deserialize, Serialize};
 
 use crate::time::UnixSeconds;
+use crate::trust::advert::SignedAdvert;
 use crate::trust::record::SignedRecord;
 use crate::wire::keys::{Digest32, InviteKey, WgKey};
 use crate::wire::relay_udp::SessionSecret;
@@ -87,6 +88,13 @@ pub enum ToCoordinator {
         re: u64,
         /// At most [`MAX_OPEN`].
         open: Vec<SocketAddr>,
+    },
+    /// Member: the prefixes it leads to. Replaces what it said before; answered by `Published`.
+    Advertise {
+        /// Answer number.
+        re: u64,
+        /// Signed by the member itself.
+        advert: SignedAdvert,
     },
     /// Liveness; answered by `Pong`.
     Ping {
@@ -172,6 +180,11 @@ pub enum ToNode {
         online: Vec<WgKey>,
         /// Went offline.
         offline: Vec<WgKey>,
+    },
+    /// The newest advertisements of members: all of them once after `Hello`, then those that are new.
+    Adverts {
+        /// Each signed by its member. Of several of one member the highest number counts.
+        adverts: Vec<SignedAdvert>,
     },
     /// Answer to `Locate`. A claim of the coordinator's: good enough to decide where to look, no more.
     Located {

@@ -73,6 +73,22 @@ pub enum Call {
     },
     /// Answered by one `drops`.
     Drops,
+    /// Changes what the node is set up to do; answered by one `settings`.
+    Set {
+        /// What to change; nothing: only say how it is.
+        change: SettingsChange,
+    },
+    /// Answered by one `routes`.
+    Routes,
+    /// An admin's word on a node and a prefix; answered by one `route-changed`. Only on an admin node.
+    RouteWord {
+        /// Name, mesh IP, or id prefix.
+        peer: String,
+        /// Host bits zero.
+        prefix: IpNet,
+        /// True: it may lead there. False: not any more.
+        allow: bool,
+    },
 }
 
 /// One line of an answer.
@@ -91,6 +107,12 @@ pub enum Response {
     Removed(Removed),
     /// Drop counters.
     Drops(DropCounts),
+    /// What the node is set up to do.
+    Settings(SettingsDocument),
+    /// The routes document.
+    Routes(RouteList),
+    /// An admin's word was stored, or was so already.
+    RouteChanged(RouteChange),
     /// The call is complete.
     Done,
     /// The call failed; nothing changed.
@@ -390,6 +412,89 @@ pub struct Removed {
     pub name: String,
     /// Its short id.
     pub id: String,
+}
+
+/// A change of what the node is set up to do. What is absent stays.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingsChange {
+    /// The whole list of prefixes to advertise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advertise_routes: Option<Vec<IpNet>>,
+    /// Use the routes of others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accept_routes: Option<bool>,
+}
+
+/// What a node is set up to do, schema 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SettingsDocument {
+    /// 1.
+    pub schema: u16,
+    /// Prefixes the node leads to, as far as an admin approves.
+    pub advertise_routes: Vec<IpNet>,
+    /// It uses the routes of others.
+    pub accept_routes: bool,
+    /// What there is to say about that, such as routes that wait for an admin.
+    pub notes: Vec<String>,
+}
+
+/// `meshd routes --json`, schema 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteList {
+    /// 1.
+    pub schema: u16,
+    /// One entry for each prefix of each node, by prefix.
+    pub routes: Vec<RouteLine>,
+}
+
+/// A prefix that a node advertises, or may.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteLine {
+    /// Host bits zero; of length 0: an exit node.
+    pub prefix: IpNet,
+    /// The node's name.
+    pub node: String,
+    /// Its short id.
+    pub id: String,
+    /// What becomes of it on this node.
+    pub state: RouteState,
+    /// The name of the node that this node's packets for the prefix go through now; null: none does.
+    pub via: Option<String>,
+    /// Why it is not active, or what is wrong with it.
+    pub why: Option<String>,
+}
+
+/// What becomes of a prefix of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RouteState {
+    /// Advertised, and no admin has approved it.
+    Pending,
+    /// An admin allows it, and this node's packets do not go that way now.
+    Approved,
+    /// This node's packets for the prefix go through that node; of this node itself: it leads there.
+    Active,
+    /// Something on this machine goes before it.
+    Shadowed,
+}
+
+/// An admin's word on a route.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteChange {
+    /// 1.
+    pub schema: u16,
+    /// The prefix.
+    pub prefix: IpNet,
+    /// The node's name.
+    pub node: String,
+    /// Its short id.
+    pub id: String,
+    /// The node may lead there now.
+    pub approved: bool,
+    /// It was so before; nothing changed.
+    pub already: bool,
+    /// Something worth knowing, such as that the node does not advertise the prefix.
+    pub note: Option<String>,
 }
 
 /// `meshd status --drops --json`, schema 1. (A list alone could not be told apart from other answers: an answer is an

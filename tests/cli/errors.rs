@@ -36,6 +36,13 @@ fn wrong_command_lines() {
             &["up", "--ipv4-range", "100.64.0.0"],
             &["up", "--ipv4-range", "100.64.3.0/16"],
             &["up", "--ipv4-range", "home"],
+            &["up", "--advertise-routes", "192.168.1.7/24"],
+            &["up", "--advertise-routes", "192.168.1.0/24,10.0.0.1"],
+            &["up", "--accept-routes=maybe"],
+            &["invite", "--routes", "home"],
+            &["routes", "approve", "nas"],
+            &["routes", "approve", "nas", "192.168.1.0/33"],
+            &["routes", "aprove", "nas", "192.168.1.0/24"],
             &["completions", "bahs"],
             &["up", "--token-file", "/nonexistent/token"],
             &["stauts", "--json"],
@@ -55,6 +62,8 @@ fn no_daemon() {
         &["ip"],
         &["invite"],
         &["remove", "nas"],
+        &["routes"],
+        &["routes", "approve", "nas", "192.168.1.0/24"],
     ]
     .iter()
     .map(|args| [args, &dir[..]].concat())

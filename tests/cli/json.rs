@@ -8,7 +8,8 @@ use std::process::Output;
 
 use meshd::wire::local::{
     DropCount, Health, Netcheck, NetcheckServer, PathKind, Pong, Problem, Punching, Removed, Request, Response,
-    Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply,
+    RouteChange, RouteLine, RouteList, RouteState, Severity, Status, StatusCoordinator, StatusNat, StatusNetwork,
+    StatusPath, StatusPeer, StatusSelf, TokenReply,
 };
 use meshd::wire::nat::PortModel;
 
@@ -210,6 +211,49 @@ fn ip_documents() {
     check("ip-by-id", &["ip", "-6", "bb22000000000003"], &answers);
     check("ip-ambiguous", &["ip", "bb22"], &answers);
     check("ip-unknown", &["ip", "nsa"], &answers);
+}
+
+#[test]
+fn routes_documents() {
+    let line = |prefix: &str, node: &str, state, via: Option<&str>, why: Option<&str>| RouteLine {
+        prefix: prefix.parse().unwrap(),
+        node: node.to_owned(),
+        id: "bb22000000000002".to_owned(),
+        state,
+        via: via.map(str::to_owned),
+        why: why.map(str::to_owned),
+    };
+    let approve = "no admin has approved it: `meshd routes approve nas 10.0.0.0/24`";
+    let routes = vec![
+        line("10.0.0.0/24", "nas", RouteState::Pending, None, Some(approve)),
+        line("192.168.1.0/24", "nas", RouteState::Active, Some("nas"), None),
+        line("192.168.1.0/24", "spare", RouteState::Approved, Some("nas"), Some("nas is asked for it")),
+        line("192.168.7.0/24", "office", RouteState::Shadowed, None, Some("eth0 is in 192.168.7.0/24")),
+    ];
+    check("routes", &["routes"], &[Response::Routes(RouteList { schema: 1, routes }), Response::Done]);
+    let empty = RouteList { schema: 1, routes: vec![] };
+    check("routes-none", &["routes"], &[Response::Routes(empty), Response::Done]);
+    let change = |approved, already, note: Option<&str>| RouteChange {
+        schema: 1,
+        prefix: "10.0.0.0/24".parse().unwrap(),
+        node: "nas".to_owned(),
+        id: "bb22000000000002".to_owned(),
+        approved,
+        already,
+        note: note.map(str::to_owned),
+    };
+    let noted = change(true, false, Some("nas does not advertise 10.0.0.0/24 yet"));
+    check(
+        "routes-approve",
+        &["routes", "approve", "nas", "10.0.0.0/24"],
+        &[Response::RouteChanged(noted), Response::Done],
+    );
+    let taken = change(false, false, None);
+    check(
+        "routes-revoke",
+        &["routes", "revoke", "nas", "10.0.0.0/24"],
+        &[Response::RouteChanged(taken), Response::Done],
+    );
 }
 
 #[test]

@@ -241,6 +241,8 @@ impl Machines {
                 }
                 Output::Control(message) => wants.push(Want::Control(message)),
                 Output::Persist(records) => self.persisted.extend(records),
+                // No node of the simulator leads to a subnet.
+                Output::KeepAdvert { .. } | Output::Routes(_) => {}
                 Output::ResolveStun(servers) => wants.push(Want::ResolveStun(servers)),
                 Output::Event(event) => {
                     if let io::Event::PathChanged { key, path, .. } = &event {

@@ -10,7 +10,7 @@ use ipnet::{Ipv4Net, Ipv6Net};
 use meshd::coord::io::ConnId;
 use meshd::coord::relay_hub::RelayConn;
 use meshd::engine::drops::Drop as Reason;
-use meshd::engine::io::{Command, Event as NodeEvent, Input, LocalAddress, Notice, Path, SocketId, Via};
+use meshd::engine::io::{Command, Event as NodeEvent, Input, LocalAddress, Notice, Path, RouteWish, SocketId, Via};
 use meshd::engine::netcheck::{Netcheck, SocketSlot};
 use meshd::engine::planner::{Config, Limits, ShellStatus};
 use meshd::time::{Now, UnixSeconds};
@@ -374,6 +374,8 @@ impl Sim {
             seed: bytes,
             first_number: WALL * 1_000_000 + now.0,
             limits: self.limits,
+            adverts: Vec::new(),
+            routes: RouteWish::default(),
         };
         let mut wants = Vec::new();
         n.machines = Some(Machines::new(config, now, Dice::new(seed).fork("threads"), &mut wants));

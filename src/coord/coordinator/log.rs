@@ -115,7 +115,8 @@ impl Coordinator {
             listening.paused_until = Some(until);
         } else if !listening.complete {
             listening.complete = true;
-            self.presence.full().into_iter().for_each(|message| self.send(conn, message));
+            let all = self.presence.full().into_iter().chain(self.adverts.full());
+            all.collect::<Vec<_>>().into_iter().for_each(|message| self.send(conn, message));
         }
         if let Some(c) = self.conns.get_mut(&conn) {
             c.listening = Some(listening);

@@ -75,6 +75,11 @@ impl Coordinator {
 
     /// Tells the relay who came and who is out. Returns the control keys of those who are out.
     pub(super) fn tell_relay(&mut self, changes: &[Change]) -> Vec<ControlKey> {
+        for change in changes {
+            if let Change::MemberRevoked(who) = change {
+                self.forget_advert(who);
+            }
+        }
         let Some(ledger) = &self.ledger else { return Vec::new() };
         let keys = |who: &IdentityKey| ledger.member_ever(who).map(|m| (m.control, m.wg));
         let mut expelled = Vec::new();
@@ -94,7 +99,8 @@ impl Coordinator {
                 | Change::AdminAdded(_)
                 | Change::InviteAdded(_)
                 | Change::InviteRevoked(_)
-                | Change::RouteGranted(_) => {}
+                | Change::RouteGranted(_)
+                | Change::RouteRevoked(_) => {}
             }
         }
         expelled

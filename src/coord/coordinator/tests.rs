@@ -905,3 +905,69 @@ fn members_are_located_for_members_only_and_open_addresses_are_capped() {
     desk.handle(Input::Closed(other_conn));
     assert_eq!(asked(&mut desk, me, other.wg_key()), [nowhere]);
 }
+
+// Advertisements.
+
+fn advert(f: &Founder, keys: &NodeKeys, number: u64) -> crate::trust::advert::SignedAdvert {
+    let advert = crate::trust::advert::Advert {
+        v: 1,
+        network: f.network,
+        identity: keys.identity_key(),
+        number,
+        routes: vec!["192.168.1.0/24".parse().unwrap()],
+        resting: Vec::new(),
+    };
+    crate::trust::advert::SignedAdvert::sign(&advert, &keys.identity.signing_key())
+}
+
+fn adverts(messages: &[ToNode]) -> Vec<crate::trust::advert::SignedAdvert> {
+    let lists = messages.iter().filter_map(|m| if let ToNode::Adverts { adverts } = m { Some(adverts) } else { None });
+    lists.flatten().cloned().collect()
+}
+
+#[test]
+fn advertisements_reach_every_listener_in_batches_and_newcomers_at_once() {
+    let mut f = Founder::new(1);
+    let mut desk = Desk::of(&f);
+    let (nas, nas_conn) = desk.join(&mut f, "nas", open_terms(1));
+    let laptop = desk.hello(&f.keys);
+    desk.pass(Duration::from_secs(1));
+    desk.take(laptop);
+    let say = |advert| ToCoordinator::Advertise { re: 3, advert };
+    let (first, second) = (advert(&f, &nas, 1), advert(&f, &nas, 2));
+    assert_eq!(desk.ask(nas_conn, say(first.clone())), [ToNode::Published { re: 3 }]);
+    assert_eq!(desk.ask(nas_conn, say(second.clone())), [ToNode::Published { re: 3 }]);
+    assert_eq!(desk.take(laptop), []);
+    desk.pass(Duration::from_secs(1));
+    assert_eq!(adverts(&desk.take(laptop)), std::slice::from_ref(&second));
+    // Older or the same: nothing new for anybody.
+    assert_eq!(desk.ask(nas_conn, say(first)), [ToNode::Published { re: 3 }]);
+    desk.pass(Duration::from_secs(1));
+    assert_eq!(desk.take(laptop), []);
+    let again = desk.open(f.keys.control_key());
+    assert_eq!(adverts(&desk.ask(again, hello(0, Digest32::default()))), [second]);
+    // Out of the network, out of the list.
+    let revoke = revoke_record(&f.admin(), f.network, RevokeTarget::Identity(nas.identity_key()), NOW);
+    desk.ask(again, publish(&[revoke]));
+    let third = desk.open(f.keys.control_key());
+    assert_eq!(adverts(&desk.ask(third, hello(0, Digest32::default()))), []);
+}
+
+#[test]
+fn a_node_advertises_only_for_itself_and_not_without_end() {
+    let mut f = Founder::new(1);
+    let mut desk = Desk::of(&f);
+    let (nas, nas_conn) = desk.join(&mut f, "nas", open_terms(1));
+    let say = |advert| ToCoordinator::Advertise { re: 3, advert };
+    let other = advert(&f, &f.keys, 9);
+    assert_eq!(code(&desk.ask(nas_conn, say(other))), refusal::BAD_RECORD);
+    let mut forged = advert(&f, &nas, 9);
+    forged.sig.0[0] ^= 1;
+    assert_eq!(code(&desk.ask(nas_conn, say(forged))), refusal::BAD_RECORD);
+    let stranger = desk.open(f.node().control_key());
+    assert_eq!(code(&desk.ask(stranger, say(advert(&f, &nas, 9)))), refusal::NOT_A_MEMBER);
+    let refused = (10..100).filter(|n| desk.ask(nas_conn, say(advert(&f, &nas, *n))) != [ToNode::Published { re: 3 }]);
+    assert_eq!(refused.count(), 82, "ten at once, less the two refused ones");
+    desk.pass(Duration::from_secs(2));
+    assert_eq!(desk.ask(nas_conn, say(advert(&f, &nas, 100))), [ToNode::Published { re: 3 }]);
+}

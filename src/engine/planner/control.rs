@@ -121,6 +121,7 @@ impl Planner {
         self.control.locating.clear();
         self.control.announced = (Vec::new(), 0);
         self.announce();
+        self.advertise();
     }
 
     /// Asks where a peer is, unless that was answered lately.
@@ -182,6 +183,7 @@ impl Planner {
             ToNode::Welcome { stun, .. } => self.outputs.push_back(Output::ResolveStun(stun)),
             ToNode::Log { from, records, head, end } => self.handle_log(from, &records, head, end),
             ToNode::Presence { full, online, offline } => self.presence(full, &online, &offline),
+            ToNode::Adverts { adverts } => self.heard_adverts(&adverts),
             ToNode::Located { re, observed, open } => self.located(re, observed, &open),
             ToNode::Published { re } => self.publication_ended(re, None),
             ToNode::Refused { re, code, text, hint } => self.request_refused(re, Problem { code, text, hint }),
@@ -283,13 +285,11 @@ impl Planner {
                 }
                 true
             }
-            Ok(
-                Change::Founded
-                | Change::AdminAdded(_)
-                | Change::InviteAdded(_)
-                | Change::InviteRevoked(_)
-                | Change::RouteGranted(_),
-            ) => true,
+            Ok(Change::Founded | Change::AdminAdded(_) | Change::InviteAdded(_) | Change::InviteRevoked(_)) => true,
+            Ok(Change::RouteGranted(_) | Change::RouteRevoked(_)) => {
+                self.routes_changed();
+                true
+            }
             Err(Refusal::Record(RecordError::Unreadable)) => {
                 self.control.unreadable_since.get_or_insert(self.now);
                 self.drops.count(Drop::UnreadableControl);
@@ -358,6 +358,7 @@ impl Planner {
                 }
             }
         }
+        self.presence_of_routers_changed(full || online.iter().chain(offline).any(|key| self.is_router(key)));
     }
 
     fn send_records(&mut self, token: Option<u64>, records: Vec<SignedRecord>) {
@@ -389,6 +390,9 @@ impl Planner {
         if self.control.locating.remove(&re).is_some() || self.control.announced.1 == re {
             return;
         }
+        if self.advertising_refused(re, &problem) {
+            return;
+        }
         if problem.code == refusal::NOT_A_MEMBER || problem.code == refusal::REVOKED {
             tracing::warn!(code = problem.code, "the coordinator does not serve this node");
         }
@@ -400,13 +404,13 @@ impl Planner {
         self.timers.set(Why::Control, next);
     }
 
-    const fn request_number(&mut self) -> u64 {
+    pub(super) const fn request_number(&mut self) -> u64 {
         let re = self.control.next_re;
         self.control.next_re += 1;
         re
     }
 
-    fn say(&mut self, message: ToCoordinator) {
+    pub(super) fn say(&mut self, message: ToCoordinator) {
         self.outputs.push_back(Output::Control(message));
     }
 }
@@ -419,6 +423,7 @@ fn describe(record: &SignedRecord) -> String {
         Ok(Record::Admin(a)) => format!("an admin {}", a.identity.node_id()),
         Ok(Record::Invite(_)) => "an invite".to_owned(),
         Ok(Record::RouteGrant(g)) => format!("a grant for {}", g.prefix),
+        Ok(Record::RouteRevoke(r)) => format!("the refusal of {}", r.prefix),
         Ok(Record::Revoke(r)) => match r.target {
             RevokeTarget::Identity(identity) => format!("the removal of {}", identity.node_id()),
             RevokeTarget::Invite(_) => "the removal of an invite".to_owned(),

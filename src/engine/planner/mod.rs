@@ -12,6 +12,7 @@
 //! | `limits.rs` | politeness: how much may be sent into the unknown |
 //! | `stun.rs` | the node's own addresses and its NAT |
 //! | `pings.rs` | `meshd ping` |
+//! | `routes.rs` | advertisements, and which node leads to which prefix |
 //! | `status.rs` | the status document |
 
 mod control;
@@ -20,6 +21,7 @@ mod heavy;
 mod limits;
 mod paths;
 mod pings;
+mod routes;
 mod sessions;
 mod status;
 mod stun;
@@ -35,7 +37,9 @@ use rustc_hash::FxBuildHasher;
 
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::inbound::{Inbound, InboundConfig};
-use crate::engine::io::{Command, Input, LocalAddress, Notice, Output, PeerId, PortMapping, SocketId, Update, Via};
+use crate::engine::io::{
+    Command, Input, LocalAddress, Notice, Output, PeerId, PortMapping, RouteWish, SocketId, Update, Via,
+};
 use crate::engine::outbound::Outbound;
 use crate::engine::path::reason::NatView;
 use crate::engine::path::reflexive::Reflexive;
@@ -43,6 +47,7 @@ use crate::engine::peer::Peer;
 use crate::engine::session::table::IndexAllocator;
 use crate::engine::timers::Timers;
 use crate::time::Now;
+use crate::trust::advert::SignedAdvert;
 use crate::trust::keys::NodeKeys;
 use crate::trust::ledger::{Judge, Ledger};
 use crate::trust::record::{Member, SignedRecord};
@@ -73,6 +78,10 @@ pub struct Config {
     pub seed: [u8; 32],
     /// Greater than any number sent in a sealed message before; the wall clock in microseconds does.
     pub first_number: u64,
+    /// The newest advertisements the node has heard, its own among them. They are judged again.
+    pub adverts: Vec<SignedAdvert>,
+    /// What the node is set up to do with routes.
+    pub routes: RouteWish,
     /// What the shell can do for hard punches, and how far they may go.
     pub limits: Limits,
 }
@@ -113,6 +122,8 @@ pub enum Why {
     Ping(u64),
     /// A request to the coordinator was not answered.
     Control,
+    /// The own advertisement is to be sent again.
+    Advertise,
 }
 
 /// See the module.
@@ -155,6 +166,7 @@ pub struct Planner {
     port_mapping: Option<PortMapping>,
 
     control: control::Control,
+    routes: routes::RouteBook,
     relay_up: bool,
     relay_down_since: Option<Now>,
     pings: pings::Pings,
@@ -219,6 +231,7 @@ impl Planner {
             next_socket: SocketId::V6.0,
             port_mapping: None,
             control: control::Control::new(now),
+            routes: routes::RouteBook::new(config.routes),
             relay_up: false,
             relay_down_since: Some(now),
             pings: pings::Pings::default(),
@@ -232,6 +245,7 @@ impl Planner {
         for (identity, wg) in others {
             planner.add_peer(identity, wg);
         }
+        planner.remember_adverts(config.adverts);
         Ok(planner)
     }
 
@@ -241,7 +255,11 @@ impl Planner {
     pub fn worker(&self) -> (Outbound, Inbound) {
         let own = vec![IpAddr::V4(self.me.ipv4), IpAddr::V6(self.me.ipv6)];
         let config = InboundConfig { key: self.me.wg, own, tx_prefix: self.tx_prefix };
-        (Outbound::new(Arc::clone(&self.drops)), Inbound::new(&config, Arc::clone(&self.drops)))
+        let (mut outbound, mut inbound) =
+            (Outbound::new(Arc::clone(&self.drops)), Inbound::new(&config, Arc::clone(&self.drops)));
+        outbound.reserve(&self.mesh);
+        inbound.reserve(&self.mesh);
+        (outbound, inbound)
     }
 
     /// This node's own Member record.
@@ -289,6 +307,7 @@ impl Planner {
             Input::SocketsOpened(sockets) => self.sockets_opened(&sockets),
             Input::PortMapped(mapping) => self.port_mapped(mapping),
             Input::SendFailed(via) => self.send_failed(&via),
+            Input::Routes(wish) => self.route_wish(wish),
             Input::Command(Command::Ping { token, seq, peer, timeout_ms }) => self.ping(token, seq, peer, timeout_ms),
             Input::Command(Command::Publish { token, records }) => self.publish(token, records),
         }
@@ -319,6 +338,7 @@ impl Planner {
                 Why::Fresh => self.fresh_due(),
                 Why::Ping(token) => self.ping_lost(token),
                 Why::Control => self.control_due(),
+                Why::Advertise => self.advertise(),
             }
         }
     }
@@ -378,7 +398,8 @@ impl Planner {
         let owns = self.prefixes_of(&identity);
         self.by_identity.insert(identity, id);
         self.by_wg.insert(wg, id);
-        self.update(Update::Peer { peer: id, key: wg, owns, traffic: Arc::clone(&peer.traffic) });
+        let traffic = Arc::clone(&peer.traffic);
+        self.update(Update::Peer { peer: id, key: wg, admits: owns.clone(), owns, traffic });
         self.peers.push(Some(peer));
     }
 
@@ -402,6 +423,7 @@ impl Planner {
             self.timers.set(why, None);
         }
         self.update(Update::Gone(id));
+        self.router_gone(identity, id);
     }
 
     /// The prefixes whose packets belong to this member: its own two addresses.

@@ -59,7 +59,7 @@ impl Planner {
                 name: self.me.name.clone(),
                 id: self.me.identity.node_id().to_string(),
                 addresses: addresses(&self.me),
-                routes: Vec::new(),
+                routes: self.routes_of(&self.me.identity),
                 version: PROGRAM.to_owned(),
                 admin: self.ledger.is_admin(&self.me.identity),
                 interface: shell.interface,
@@ -85,6 +85,22 @@ impl Planner {
             peers,
             health,
         }
+    }
+
+    /// The member a person means, this node included, as [`Self::find_peer`] finds it.
+    ///
+    /// # Errors
+    /// As [`Self::find_peer`].
+    pub fn find_member(&self, wanted: &str) -> Result<&Member, Problem> {
+        let typed = wanted.trim().to_lowercase();
+        let mine = typed == self.me.name
+            || typed.parse().is_ok_and(|ip| addresses(&self.me).contains(&ip))
+            || (typed.len() >= 4 && self.me.identity.node_id().to_string().starts_with(&typed));
+        if mine {
+            return Ok(&self.me);
+        }
+        let gone = || Problem { code: "no-such-peer".into(), text: "that node is gone".into(), hint: String::new() };
+        self.member_of(self.find_peer(wanted)?).ok_or_else(gone)
     }
 
     /// The peer a person means: a name, a mesh address, or the beginning of an id.
@@ -156,16 +172,13 @@ impl Planner {
 
     fn status_peer(&self, peer: &Peer, coordinator: &str, now: Now) -> Option<StatusPeer> {
         let member = self.ledger.member(&peer.identity)?;
-        let stamps = peer.stamps();
-        let heard = stamps.last_rx_direct.max(stamps.last_rx_relay);
-        let heard_lately = heard.is_some_and(|at| now.since(at) < HEARD_LATELY);
         let talk = peer.talk.as_deref();
         Some(StatusPeer {
             name: member.name.clone(),
             id: member.identity.node_id().to_string(),
             addresses: addresses(member),
-            routes: Vec::new(),
-            online: (peer.online && self.control.connected) || heard_lately,
+            routes: self.routes_of(&peer.identity),
+            online: (peer.online && self.control.connected) || heard_lately(peer, now),
             path: self.status_path(peer, &member.name, coordinator, now),
             rx_bytes: peer.traffic.rx_bytes.load(Ordering::Relaxed),
             tx_bytes: peer.traffic.tx_bytes.load(Ordering::Relaxed),
@@ -174,6 +187,11 @@ impl Planner {
                 .and_then(|t| t.lock().last_handshake_age(now))
                 .map(|age| age.as_secs()),
         })
+    }
+
+    /// As of the last thing that happened.
+    pub(super) fn heard_lately(&self, peer: &Peer) -> bool {
+        heard_lately(peer, self.now)
     }
 
     fn status_path(&self, peer: &Peer, name: &str, coordinator: &str, now: Now) -> StatusPath {
@@ -289,6 +307,21 @@ impl Planner {
                 "the coordinator may be faulty or hostile; records are still verified one by one",
             );
         }
+        let pending = self.pending_routes();
+        if let Some((text, hint)) = pending.first() {
+            let others = pending.len() - 1;
+            let text = if others > 0 { format!("{text} (and {others} more: `meshd routes`)") } else { text.clone() };
+            add("routes-pending", Severity::Info, now, text, hint);
+        }
+        if let Some(since) = self.routes.unknown_since {
+            add(
+                "coordinator-too-old",
+                Severity::Warning,
+                since,
+                "the coordinator does not hand on routes: nobody learns what this node leads to".into(),
+                "upgrade meshd on the coordinator's machine",
+            );
+        }
         if let Some(since) = control.unreadable_since {
             add(
                 "unknown-record",
@@ -300,6 +333,12 @@ impl Planner {
         }
         out
     }
+}
+
+fn heard_lately(peer: &Peer, now: Now) -> bool {
+    let stamps = peer.stamps();
+    let heard = stamps.last_rx_direct.max(stamps.last_rx_relay);
+    heard.is_some_and(|at| now.since(at) < HEARD_LATELY)
 }
 
 fn addresses(member: &Member) -> Vec<IpAddr> {

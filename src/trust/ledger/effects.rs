@@ -1,7 +1,10 @@
 //! What follows from an accepted record, and back.
 
+use ipnet::IpNet;
+
+use crate::time::UnixSeconds;
 use crate::trust::ledger::{Change, Ledger, Node, OpenInvite};
-use crate::trust::record::{Admin, Record, Revoke, RevokeTarget, RouteGrant, SignedRecord};
+use crate::trust::record::{Admin, Record, Revoke, RevokeTarget, RouteGrant, RouteRevoke, SignedRecord};
 use crate::wire::control::log_head;
 use crate::wire::keys::{Digest32, IdentityKey};
 
@@ -40,9 +43,13 @@ impl Ledger {
                 self.bring_in(&identity);
                 Change::MemberAdded(identity)
             }
-            Record::RouteGrant(RouteGrant { identity, prefix, .. }) => {
-                self.grants.entry(identity).or_default().entry(prefix).or_insert(at);
+            Record::RouteGrant(RouteGrant { identity, prefix, created, .. }) => {
+                self.say_route(identity, prefix, (created, false), at);
                 Change::RouteGranted(identity)
+            }
+            Record::RouteRevoke(RouteRevoke { identity, prefix, created, .. }) => {
+                self.say_route(identity, prefix, (created, true), at);
+                Change::RouteRevoked(identity)
             }
             Record::Revoke(Revoke { target: RevokeTarget::Identity(identity), .. }) => {
                 if !self.is_revoked(&identity) {
@@ -81,15 +88,11 @@ impl Ledger {
                     open.used = open.used.saturating_sub(1);
                 }
             }
-            Record::RouteGrant(RouteGrant { identity, prefix, .. }) => {
-                if let Some(prefixes) = self.grants.get_mut(identity) {
-                    if prefixes.get(prefix) == Some(&at) {
-                        prefixes.remove(prefix);
-                    }
-                    if prefixes.is_empty() {
-                        self.grants.remove(identity);
-                    }
-                }
+            Record::RouteGrant(RouteGrant { identity, prefix, created, .. }) => {
+                self.unsay_route(identity, prefix, (*created, false), at);
+            }
+            Record::RouteRevoke(RouteRevoke { identity, prefix, created, .. }) => {
+                self.unsay_route(identity, prefix, (*created, true), at);
             }
             Record::Revoke(Revoke { target: RevokeTarget::Identity(identity), .. }) => {
                 if self.revoked.get(identity) == Some(&at) {
@@ -105,6 +108,25 @@ impl Ledger {
                     open.closed_at = None;
                 }
             }
+        }
+    }
+
+    fn say_route(&mut self, identity: IdentityKey, prefix: IpNet, said: (UnixSeconds, bool), at: usize) {
+        self.grants.entry(identity).or_default().entry(prefix).or_default().entry(said).or_insert(at);
+    }
+
+    fn unsay_route(&mut self, identity: &IdentityKey, prefix: &IpNet, said: (UnixSeconds, bool), at: usize) {
+        let Some(prefixes) = self.grants.get_mut(identity) else { return };
+        if let Some(all) = prefixes.get_mut(prefix) {
+            if all.get(&said) == Some(&at) {
+                all.remove(&said);
+            }
+            if all.is_empty() {
+                prefixes.remove(prefix);
+            }
+        }
+        if prefixes.is_empty() {
+            self.grants.remove(identity);
         }
     }
 

@@ -25,7 +25,12 @@ impl Ledger {
         let genesis = self.genesis.as_ref().ok_or(Refusal::NoGenesis)?;
         match record {
             Record::Member(member) => return self.judge_member(signer, member, genesis, judge),
-            Record::Genesis(_) | Record::Admin(_) | Record::Invite(_) | Record::RouteGrant(_) | Record::Revoke(_) => {}
+            Record::Genesis(_)
+            | Record::Admin(_)
+            | Record::Invite(_)
+            | Record::RouteGrant(_)
+            | Record::RouteRevoke(_)
+            | Record::Revoke(_) => {}
         }
         if signer.0 != self.network.0 && !self.is_admin(&IdentityKey(signer.0)) {
             return Err(Refusal::NotAdmin);
@@ -37,6 +42,11 @@ impl Ledger {
                 self.judge_identity(&grant.identity)?;
                 self.nodes.get(&grant.identity).ok_or(Refusal::UnknownTarget)?;
                 judge_route(&grant.prefix, genesis)
+            }
+            // Also one that comes before what it takes back, and one about a node that is out.
+            Record::RouteRevoke(revoke) => {
+                self.nodes.get(&revoke.identity).ok_or(Refusal::UnknownTarget)?;
+                check(revoke.prefix.addr() == revoke.prefix.network(), "a route has host bits set")
             }
             Record::Revoke(revoke) => self.judge_revoke(&revoke.target),
             Record::Genesis(_) | Record::Member(_) => Ok(()),
@@ -157,6 +167,7 @@ fn common_fields(record: &Record) -> (u16, NetworkId) {
         Record::Invite(r) => (r.v, r.network),
         Record::Member(r) => (r.v, r.network),
         Record::RouteGrant(r) => (r.v, r.network),
+        Record::RouteRevoke(r) => (r.v, r.network),
         Record::Revoke(r) => (r.v, r.network),
     }
 }

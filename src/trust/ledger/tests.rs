@@ -3,7 +3,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::trust::founding::{
-    Terms, admin_record, found, invite_key, invite_record, member_record, network_id, revoke_record, route_grant_record,
+    Terms, admin_record, found, invite_key, invite_record, member_record, network_id, revoke_record,
+    route_grant_record, route_revoke_record,
 };
 use crate::trust::keys::{NodeKeys, Secret32};
 use crate::trust::record::{HexSignature, Record, RevokeTarget, member_ipv6};
@@ -274,6 +275,52 @@ fn an_invite_can_demand_a_name_and_make_admins_and_grant_routes() {
     assert_eq!(ledger.grants(&identity), [more, prefix]);
 }
 
+/// What is said about one node and prefix, in any order, ends the same: the newest counts, and a refusal beats a grant of the
+/// same second. A coordinator gains nothing by turning records round.
+#[test]
+fn of_what_is_said_about_a_route_the_newest_counts_in_any_order() {
+    let mut f = Founder::new(3);
+    let mut ledger = f.ledger();
+    let prefix: IpNet = "192.168.1.0/24".parse().unwrap();
+    let (secret, invite) = f.invite(Terms { routes: vec![prefix], ..open_terms(1) });
+    let keys = f.node();
+    let member = f.member(&keys, &secret, "gate", 2);
+    ledger.admit_all(&[invite, member], READER).unwrap();
+    let (admin, who) = (f.admin(), keys.identity_key());
+    assert_eq!(ledger.route_said_at(&who, &prefix), Some(NOW));
+    let grant = |at| route_grant_record(&admin, f.network, who, prefix, at);
+    let refuse = |at| route_revoke_record(&admin, f.network, who, prefix, at);
+    let ends = |records: &[SignedRecord]| {
+        let orders = [records.to_vec(), records.iter().rev().cloned().collect()];
+        let results = orders.map(|order| {
+            let mut ledger = ledger.clone();
+            ledger.admit_all(&order, READER).unwrap();
+            // Shown again, they change nothing.
+            ledger.admit_all(&order, READER).unwrap();
+            ledger.may_announce(&who, &prefix)
+        });
+        assert_eq!(results[0], results[1], "{records:?}");
+        results[0]
+    };
+    assert!(ends(&[]), "implied by the invite");
+    assert!(!ends(&[refuse(NOW)]), "the refusal wins the same second");
+    assert!(ends(&[refuse(NOW - 1)]), "older than the invite");
+    assert!(ends(&[refuse(NOW), grant(NOW + 1)]));
+    assert!(!ends(&[grant(NOW + 1), refuse(NOW + 1)]));
+    assert!(!ends(&[refuse(NOW + 5), grant(NOW + 4), grant(NOW + 3)]));
+    assert!(ends(&[grant(NOW + 9), refuse(NOW + 5), grant(NOW + 4)]));
+    // Only about nodes, and only by admins.
+    let nobody = f.node().identity_key();
+    let stray = route_revoke_record(&admin, f.network, nobody, prefix, NOW);
+    assert_eq!(refused(&mut ledger, &stray), Refusal::UnknownTarget);
+    let own = route_revoke_record(&keys.identity.signing_key(), f.network, who, prefix, NOW);
+    assert_eq!(refused(&mut ledger, &own), Refusal::NotAdmin);
+    let bits = route_revoke_record(&admin, f.network, who, "10.0.0.1/8".parse().unwrap(), NOW);
+    assert!(matches!(refused(&mut ledger, &bits), Refusal::Contradiction(_)));
+    ledger.admit(&revoke_record(&admin, f.network, RevokeTarget::Identity(who), NOW), READER).unwrap();
+    assert!(!ledger.may_announce(&who, &prefix) && ledger.grants(&who).is_empty());
+}
+
 #[test]
 fn invites_that_make_no_sense_are_refused() {
     let mut f = Founder::new(3);
@@ -499,6 +546,9 @@ fn busy_log(seed: u64) -> (Founder, Vec<SignedRecord>) {
     let lan = "192.168.7.0/24".parse().unwrap();
     log.push(route_grant_record(&by_deputy, f.network, nas.identity_key(), lan, NOW));
     log.push(route_grant_record(&admin, f.network, nas.identity_key(), lan, NOW + 1));
+    log.push(route_revoke_record(&admin, f.network, nas.identity_key(), lan, NOW + 1));
+    log.push(route_revoke_record(&by_deputy, f.network, nas.identity_key(), lan, NOW + 1));
+    log.push(route_grant_record(&admin, f.network, nas.identity_key(), lan, NOW + 2));
     log.push(revoke_record(&by_deputy, f.network, RevokeTarget::Identity(phone.identity_key()), NOW));
     let again = f.node();
     log.push(f.member(&again, &open, "phone", 4));

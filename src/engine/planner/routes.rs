@@ -1,0 +1,524 @@
+//! Which node leads to which prefix: what members advertise, what admins granted, and who is asked of several.
+//!
+//! A prefix counts when its node has signed that it leads there and an admin has signed that it may. Of several nodes that
+//! lead to one prefix one is asked; it stays so while it is good, because flows would break. The longest prefix decides
+//! before that, packet by packet.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use ipnet::IpNet;
+
+use crate::engine::drops::Drop;
+use crate::engine::io::{Output, PeerId, RoutePlan, RouteWish, Update};
+use crate::engine::planner::{Planner, Why};
+use crate::time::{Now, UnixSeconds};
+use crate::trust::advert::{ADVERT_VERSION, Advert, MAX_ROUTES, SignedAdvert};
+use crate::trust::founding::{route_grant_record, route_revoke_record};
+use crate::trust::record::{Member, SignedRecord};
+use crate::wire::control::{ToCoordinator, refusal};
+use crate::wire::keys::{IdentityKey, WgKey};
+use crate::wire::local::{Problem, RouteChange, RouteLine, RouteState};
+
+/// Wider prefixes are ways of saying "everything", which is an exit node's business.
+const SHORTEST_IPV4: u8 = 8;
+/// The same for IPv6.
+const SHORTEST_IPV6: u8 = 16;
+/// After the coordinator refused an advertisement for coming too soon.
+const ADVERTISE_AGAIN: Duration = Duration::from_secs(2);
+
+/// What is known of routes.
+#[derive(Debug)]
+pub(super) struct RouteBook {
+    wish: RouteWish,
+    /// The newest advertisement of each member, our own among them.
+    adverts: BTreeMap<IdentityKey, Heard>,
+    /// Who is asked for a prefix now.
+    chosen: BTreeMap<IpNet, PeerId>,
+    /// What the workers were told besides the peers' own addresses: what goes to a peer, and what may come from it.
+    told: BTreeMap<PeerId, Prefixes>,
+    /// What the workers were told that this node leads to.
+    serving: Vec<IpNet>,
+    /// What the shell was told.
+    plan: Option<RoutePlan>,
+    /// The number of the request that carried our advertisement last.
+    said: Option<u64>,
+    /// The coordinator does not know advertisements.
+    pub(super) unknown_since: Option<Now>,
+}
+
+#[derive(Debug)]
+struct Heard {
+    advert: Advert,
+    signed: SignedAdvert,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Prefixes {
+    to: Vec<IpNet>,
+    from: Vec<IpNet>,
+}
+
+/// A node that leads to a prefix.
+#[derive(Debug, Clone, Copy)]
+struct Router {
+    id: PeerId,
+    resting: bool,
+}
+
+impl RouteBook {
+    pub(super) const fn new(wish: RouteWish) -> Self {
+        Self {
+            wish,
+            adverts: BTreeMap::new(),
+            chosen: BTreeMap::new(),
+            told: BTreeMap::new(),
+            serving: Vec::new(),
+            plan: None,
+            said: None,
+            unknown_since: None,
+        }
+    }
+}
+
+impl Planner {
+    // ---- our own advertisement -------------------------------------------------------------------------------------
+
+    /// The node was set up otherwise.
+    pub(super) fn route_wish(&mut self, wish: RouteWish) {
+        self.routes.wish = wish;
+        self.renew_advert();
+        self.routes_changed();
+    }
+
+    /// Advertisements of earlier runs.
+    pub(super) fn remember_adverts(&mut self, adverts: Vec<SignedAdvert>) {
+        for signed in adverts {
+            self.take_advert(signed);
+        }
+        self.renew_advert();
+        self.routes_changed();
+    }
+
+    /// Signs a new advertisement if what this node leads to is not what it said last.
+    fn renew_advert(&mut self) {
+        let me = self.me.identity;
+        let wanted: BTreeSet<IpNet> = self.routes.wish.advertise.iter().take(MAX_ROUTES).copied().collect();
+        let (resting, routes): (Vec<IpNet>, Vec<IpNet>) =
+            wanted.into_iter().partition(|prefix| self.routes.wish.resting.contains(prefix));
+        let same = match self.routes.adverts.get(&me) {
+            Some(said) => said.advert.routes == routes && said.advert.resting == resting,
+            None => routes.is_empty() && resting.is_empty(),
+        };
+        if same {
+            return;
+        }
+        let number = self.next_number;
+        self.next_number += 1;
+        let network = self.ledger.network();
+        let advert = Advert { v: ADVERT_VERSION, network, identity: me, number, routes, resting };
+        let signed = SignedAdvert::sign(&advert, &self.keys.identity.signing_key());
+        self.keep_advert(advert, signed);
+        self.advertise();
+    }
+
+    /// Tells the coordinator what this node leads to, if it leads anywhere or did.
+    pub(super) fn advertise(&mut self) {
+        self.timers.set(Why::Advertise, None);
+        let Some(own) = self.routes.adverts.get(&self.me.identity) else { return };
+        if self.control.connected {
+            let advert = own.signed.clone();
+            let re = self.request_number();
+            self.routes.said = Some(re);
+            self.routes.unknown_since = None;
+            self.say(ToCoordinator::Advertise { re, advert });
+        }
+    }
+
+    /// The coordinator refused a request; true: it was our advertisement.
+    pub(super) fn advertising_refused(&mut self, re: u64, problem: &Problem) -> bool {
+        if self.routes.said != Some(re) {
+            return false;
+        }
+        match problem.code.as_str() {
+            refusal::RATE_LIMITED => self.timers.set(Why::Advertise, Some(self.now + ADVERTISE_AGAIN)),
+            refusal::UNKNOWN_MESSAGE => {
+                self.routes.unknown_since.get_or_insert(self.now);
+            }
+            _ => tracing::warn!(code = problem.code, "the coordinator refused this node's routes: {}", problem.text),
+        }
+        true
+    }
+
+    // ---- what others say -------------------------------------------------------------------------------------------
+
+    /// The coordinator hands advertisements on.
+    pub(super) fn heard_adverts(&mut self, adverts: &[SignedAdvert]) {
+        let mut changed = false;
+        for signed in adverts {
+            changed |= self.take_advert(signed.clone());
+        }
+        if changed {
+            self.renew_advert();
+            self.routes_changed();
+        }
+    }
+
+    /// Judges an advertisement. True: it is new.
+    fn take_advert(&mut self, signed: SignedAdvert) -> bool {
+        let opened = signed.open(&self.ledger.network());
+        let Ok(advert) = opened.inspect_err(|why| tracing::debug!(%why, "refused an advertisement")) else {
+            self.drops.count(Drop::RefusedRecord);
+            return false;
+        };
+        if self.ledger.member(&advert.identity).is_none() {
+            self.drops.count(Drop::RefusedRecord);
+            return false;
+        }
+        if self.routes.adverts.get(&advert.identity).is_some_and(|known| known.advert.number >= advert.number) {
+            return false;
+        }
+        if advert.identity == self.me.identity {
+            // Ours, from before this state directory was restored: what we say next must be newer.
+            self.next_number = self.next_number.max(advert.number.saturating_add(1));
+        }
+        self.keep_advert(advert, signed);
+        true
+    }
+
+    fn keep_advert(&mut self, advert: Advert, signed: SignedAdvert) {
+        let of = advert.identity;
+        self.outputs.push_back(Output::KeepAdvert { of, advert: Some(signed.clone()) });
+        self.routes.adverts.insert(of, Heard { advert, signed });
+    }
+
+    /// A member is out.
+    pub(super) fn router_gone(&mut self, identity: &IdentityKey, id: PeerId) {
+        self.routes.told.remove(&id);
+        if self.routes.adverts.remove(identity).is_some() {
+            self.outputs.push_back(Output::KeepAdvert { of: *identity, advert: None });
+            self.routes_changed();
+        }
+    }
+
+    pub(super) fn is_router(&self, key: &WgKey) -> bool {
+        let peer = self.by_wg.get(key).and_then(|id| self.peer(*id));
+        peer.is_some_and(|peer| self.routes.adverts.contains_key(&peer.identity))
+    }
+
+    pub(super) fn presence_of_routers_changed(&mut self, changed: bool) {
+        if changed && !self.routes.adverts.is_empty() {
+            self.routes_changed();
+        }
+    }
+
+    // ---- who is asked ----------------------------------------------------------------------------------------------
+
+    /// Decides anew which node is asked for which prefix, and tells workers and shell what changed.
+    pub(super) fn routes_changed(&mut self) {
+        let routers = self.routers();
+        let mut chosen = BTreeMap::new();
+        let mut told: BTreeMap<PeerId, Prefixes> = BTreeMap::new();
+        for (prefix, routers) in &routers {
+            let Some(id) = self.choose(prefix, routers) else { continue };
+            chosen.insert(*prefix, id);
+            told.entry(id).or_default().to.push(*prefix);
+            for router in routers {
+                told.entry(router.id).or_default().from.push(*prefix);
+            }
+        }
+        self.routes.chosen = chosen;
+        self.tell_workers(told);
+        self.tell_shell(routers.into_keys());
+    }
+
+    /// Every usable prefix with the nodes that lead to it.
+    fn routers(&self) -> BTreeMap<IpNet, Vec<Router>> {
+        let mut routers: BTreeMap<IpNet, Vec<Router>> = BTreeMap::new();
+        for (identity, heard) in &self.routes.adverts {
+            let Some(id) = self.by_identity.get(identity).copied() else { continue };
+            let advert = &heard.advert;
+            let offers = advert.routes.iter().map(|p| (p, false)).chain(advert.resting.iter().map(|p| (p, true)));
+            for (prefix, resting) in offers {
+                if self.is_wanted_from(identity, prefix) && self.ledger.may_announce(identity, prefix) {
+                    routers.entry(*prefix).or_default().push(Router { id, resting });
+                }
+            }
+        }
+        routers
+    }
+
+    /// Whether this node would use a prefix of that member at all.
+    fn is_wanted_from(&self, identity: &IdentityKey, prefix: &IpNet) -> bool {
+        if prefix.prefix_len() == 0 {
+            return self.routes.wish.exit_node == Some(*identity);
+        }
+        let shortest = if matches!(prefix, IpNet::V4(_)) { SHORTEST_IPV4 } else { SHORTEST_IPV6 };
+        self.routes.wish.accept && prefix.prefix_len() >= shortest && !self.routes.wish.advertise.contains(prefix)
+    }
+
+    /// Of several routers: one that serves rather than rests, is connected rather than not; then the one asked so far, then
+    /// the nearest, then the first.
+    fn choose(&self, prefix: &IpNet, routers: &[Router]) -> Option<PeerId> {
+        let asked = self.routes.chosen.get(prefix).copied();
+        let distance = |id| self.distance(id).unwrap_or(Duration::MAX);
+        let rank = |r: &&Router| (r.resting, !self.is_there(r.id), asked != Some(r.id), distance(r.id), r.id);
+        routers.iter().min_by_key(rank).map(|r| r.id)
+    }
+
+    /// As far as is known. Without the coordinator nothing is known against anybody.
+    fn is_there(&self, id: PeerId) -> bool {
+        !self.control.connected || self.peer(id).is_some_and(|peer| peer.online || self.heard_lately(peer))
+    }
+
+    fn distance(&self, id: PeerId) -> Option<Duration> {
+        let talk = self.peer(id)?.talk.as_deref()?;
+        talk.agent.direct().map(|(_, _, rtt)| rtt).or(talk.agent.relay_rtt)
+    }
+
+    fn tell_workers(&mut self, told: BTreeMap<PeerId, Prefixes>) {
+        let nothing = Prefixes::default();
+        let mut changed: Vec<PeerId> = Vec::new();
+        for id in told.keys().chain(self.routes.told.keys().filter(|id| !told.contains_key(id))) {
+            if told.get(id).unwrap_or(&nothing) != self.routes.told.get(id).unwrap_or(&nothing) {
+                changed.push(*id);
+            }
+        }
+        // Who is given a prefix is told before the one it is taken from, so that it is never nobody's in between.
+        let gains = |id: &PeerId| {
+            let before = self.routes.told.get(id).map_or(&[][..], |p| &p.to);
+            told.get(id).is_some_and(|p| p.to.iter().any(|prefix| !before.contains(prefix)))
+        };
+        changed.sort_by_cached_key(|id| !gains(id));
+        for id in changed {
+            let Some(peer) = self.peer(id) else { continue };
+            let Prefixes { to, from } = told.get(&id).cloned().unwrap_or_default();
+            let (key, traffic) = (peer.wg, std::sync::Arc::clone(&peer.traffic));
+            let own = self.prefixes_of(&peer.identity);
+            let owns = own.iter().copied().chain(to).collect();
+            let admits = own.into_iter().chain(from).collect();
+            self.update(Update::Peer { peer: id, key, owns, admits, traffic });
+        }
+        self.routes.told = told;
+        let serving = self.served();
+        if serving != self.routes.serving {
+            self.routes.serving.clone_from(&serving);
+            self.update(Update::Serves(serving));
+        }
+    }
+
+    /// What this node leads to: advertised by itself and granted by an admin.
+    fn served(&self) -> Vec<IpNet> {
+        let me = self.me.identity;
+        let Some(own) = self.routes.adverts.get(&me) else { return Vec::new() };
+        own.advert.prefixes().filter(|prefix| self.ledger.may_announce(&me, prefix)).copied().collect()
+    }
+
+    fn tell_shell(&mut self, usable: impl Iterator<Item = IpNet>) {
+        let mut accepted: BTreeSet<IpNet> = usable.collect();
+        if self.routes.wish.exit_node.is_some() {
+            // Whether the exit node can be reached or not, and by which family: otherwise traffic would leave beside it.
+            accepted.extend([IpNet::V4(ipnet::Ipv4Net::default()), IpNet::V6(ipnet::Ipv6Net::default())]);
+        }
+        let plan = RoutePlan { accepted: accepted.into_iter().collect(), serving: self.routes.serving.clone() };
+        if self.routes.plan.as_ref() != Some(&plan) {
+            self.routes.plan = Some(plan.clone());
+            self.outputs.push_back(Output::Routes(plan));
+        }
+    }
+
+    // ---- for people ------------------------------------------------------------------------------------------------
+
+    /// The prefixes that a member leads to, as far as an admin allows.
+    pub(super) fn routes_of(&self, identity: &IdentityKey) -> Vec<IpNet> {
+        let Some(heard) = self.routes.adverts.get(identity) else { return Vec::new() };
+        heard.advert.prefixes().filter(|prefix| self.ledger.may_announce(identity, prefix)).copied().collect()
+    }
+
+    /// Every prefix that a member advertises or may, with what becomes of it here. `shadowed`: those that something on this
+    /// machine goes before, and what.
+    #[must_use]
+    pub fn route_lines(&self, shadowed: &BTreeMap<IpNet, String>) -> Vec<RouteLine> {
+        let mut lines = Vec::new();
+        for member in self.ledger.members() {
+            let heard = self.routes.adverts.get(&member.identity);
+            let mut prefixes: BTreeSet<IpNet> = self.ledger.grants(&member.identity).into_iter().collect();
+            prefixes.extend(heard.iter().flat_map(|heard| heard.advert.prefixes()));
+            lines.extend(prefixes.into_iter().map(|prefix| self.route_line(member, prefix, shadowed)));
+        }
+        lines.sort_by(|a, b| a.prefix.cmp(&b.prefix).then_with(|| a.node.cmp(&b.node)));
+        lines
+    }
+
+    fn route_line(&self, member: &Member, prefix: IpNet, shadowed: &BTreeMap<IpNet, String>) -> RouteLine {
+        let (state, why) = self.route_state(member, &prefix, shadowed);
+        let via = self.routes.chosen.get(&prefix).map(|id| self.name_of(*id));
+        RouteLine {
+            prefix,
+            node: member.name.clone(),
+            id: member.identity.node_id().to_string(),
+            state,
+            via: via.filter(|_| !shadowed.contains_key(&prefix)),
+            why,
+        }
+    }
+
+    fn route_state(
+        &self,
+        member: &Member,
+        prefix: &IpNet,
+        shadowed: &BTreeMap<IpNet, String>,
+    ) -> (RouteState, Option<String>) {
+        let (who, name) = (&member.identity, &member.name);
+        let advert = self.routes.adverts.get(who).map(|heard| &heard.advert);
+        let (serves, rests) =
+            advert.map_or((false, false), |a| (a.routes.contains(prefix), a.resting.contains(prefix)));
+        let approved = |why: String| (RouteState::Approved, Some(why));
+        let mine = *who == self.me.identity;
+        if !self.ledger.may_announce(who, prefix) {
+            let why = format!("no admin has approved it: `meshd routes approve {name} {prefix}`");
+            return (RouteState::Pending, Some(why));
+        }
+        if rests {
+            return approved(format!("{name} does not serve it at the moment"));
+        }
+        if !serves {
+            return approved(format!("{name} does not advertise it"));
+        }
+        if mine {
+            return (RouteState::Active, None);
+        }
+        if prefix.prefix_len() == 0 && self.routes.wish.exit_node != Some(*who) {
+            return approved(format!("`meshd set --exit-node {name}` uses it"));
+        }
+        if !self.is_wanted_from(who, prefix) {
+            return approved(match self.routes.wish.advertise.contains(prefix) {
+                true => "this node leads there itself".to_owned(),
+                false if self.routes.wish.accept => {
+                    "it is too wide for a route; an exit node takes everything".to_owned()
+                }
+                false => "this node does not accept routes (--accept-routes=false)".to_owned(),
+            });
+        }
+        if let Some(by) = shadowed.get(prefix) {
+            return (RouteState::Shadowed, Some(by.clone()));
+        }
+        match self.routes.chosen.get(prefix) {
+            Some(id) if self.by_identity.get(who) == Some(id) => {
+                let away = (!self.is_there(*id)).then(|| format!("{name} is offline"));
+                (RouteState::Active, away)
+            }
+            Some(id) => approved(format!("{} is asked for it", self.name_of(*id))),
+            None => (RouteState::Approved, None),
+        }
+    }
+
+    /// What waits for an admin, a sentence and the command each: this node's own prefixes, and on an admin everybody's.
+    #[must_use]
+    pub fn pending_routes(&self) -> Vec<(String, String)> {
+        let admin = self.ledger.is_admin(&self.me.identity);
+        let mut waiting = Vec::new();
+        for (who, heard) in &self.routes.adverts {
+            let mine = *who == self.me.identity;
+            let Some(member) = self.ledger.member(who).filter(|_| mine || admin) else { continue };
+            for prefix in heard.advert.prefixes().filter(|prefix| !self.ledger.may_announce(who, prefix)) {
+                let name = &member.name;
+                let text = format!("{name} advertises {prefix}, and no admin has approved it");
+                let place = if admin { "" } else { "on an admin node: " };
+                waiting.push((text, format!("{place}`meshd routes approve {name} {prefix}`")));
+            }
+        }
+        waiting
+    }
+
+    /// An admin's word on a node and a prefix: the record to publish (None: it is so already), and what to say.
+    ///
+    /// # Errors
+    /// The node is unknown, or the prefix cannot be a route.
+    pub fn route_word(
+        &self,
+        wanted: &str,
+        prefix: IpNet,
+        allow: bool,
+        wall: UnixSeconds,
+    ) -> Result<(Option<SignedRecord>, RouteChange), Problem> {
+        let member = self.find_member(wanted)?;
+        let who = member.identity;
+        if allow {
+            self.check_prefix(&prefix)?;
+        }
+        let heard = self.routes.adverts.get(&who);
+        let advertised: Vec<&IpNet> = heard.iter().flat_map(|heard| heard.advert.prefixes()).collect();
+        let was = self.ledger.may_announce(&who, &prefix);
+        if !allow && !was && self.ledger.route_said_at(&who, &prefix).is_none() {
+            let granted: Vec<String> = self.ledger.grants(&who).iter().map(ToString::to_string).collect();
+            return Err(Problem {
+                code: "no-such-route".into(),
+                text: format!("{} was never allowed to lead to {prefix}", member.name),
+                hint: match granted.as_slice() {
+                    [] => format!("{} has no approved routes; see `meshd routes`", member.name),
+                    some => format!("its approved routes are: {}", some.join(", ")),
+                },
+            });
+        }
+        let note = (allow && !advertised.contains(&&prefix)).then(|| {
+            let list: Vec<String> = advertised.iter().map(ToString::to_string).collect();
+            let now = if list.is_empty() { "nothing".to_owned() } else { list.join(", ") };
+            format!(
+                "{} does not advertise {prefix} yet (but {now}); on it: `meshd up --advertise-routes …`",
+                member.name
+            )
+        });
+        let change = RouteChange {
+            schema: crate::wire::version::LOCAL,
+            prefix,
+            node: member.name.clone(),
+            id: who.node_id().to_string(),
+            approved: allow,
+            already: was == allow,
+            note,
+        };
+        if was == allow {
+            return Ok((None, change));
+        }
+        let said = self.ledger.route_said_at(&who, &prefix);
+        let (signer, network) = (self.keys.identity.signing_key(), self.ledger.network());
+        let record = if allow {
+            let after = said.map_or(0, |at| at.saturating_add(1));
+            route_grant_record(&signer, network, who, prefix, wall.max(after))
+        } else {
+            route_revoke_record(&signer, network, who, prefix, wall.max(said.unwrap_or(0)))
+        };
+        Ok((Some(record), change))
+    }
+
+    /// Whether a prefix can be a route at all.
+    ///
+    /// # Errors
+    /// What speaks against it.
+    pub fn check_prefix(&self, prefix: &IpNet) -> Result<(), Problem> {
+        let problem = |code: &str, text: String, hint: &str| Problem { code: code.into(), text, hint: hint.into() };
+        if prefix.prefix_len() == 0 {
+            return Ok(());
+        }
+        let shortest = if matches!(prefix, IpNet::V4(_)) { SHORTEST_IPV4 } else { SHORTEST_IPV6 };
+        if prefix.prefix_len() < shortest {
+            return Err(problem(
+                "route-too-wide",
+                format!("{prefix} would take in the way to the default gateway and half the Internet"),
+                "for all traffic there is `--advertise-exit-node`; otherwise name the networks one by one",
+            ));
+        }
+        if let Some(range) = self.mesh.iter().find(|range| range.contains(prefix) || prefix.contains(*range)) {
+            return Err(problem(
+                "route-covers-mesh",
+                format!("{prefix} overlaps the mesh's own range {range}"),
+                "nodes are reached by their mesh addresses without a route; name the network behind the node",
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,315 @@
+use std::sync::Arc;
+
+use super::*;
+use crate::engine::drops::Drops;
+use crate::engine::io::Input;
+use crate::engine::planner::{Config, Limits};
+use crate::trust::keys::NodeKeys;
+use crate::trust::testing::{Founder, NOW, open_terms};
+use crate::wire::control::{ToNode, log_head};
+
+const LAN: &str = "192.168.7.0/24";
+
+/// The founder's planner in a network with routers `r0`, `r1`, …, and what it tells workers and shell.
+struct Desk {
+    f: Founder,
+    routers: Vec<NodeKeys>,
+    planner: Planner,
+    updates: Vec<Update>,
+    plans: Vec<RoutePlan>,
+    kept: BTreeMap<IdentityKey, SignedAdvert>,
+    said: Vec<SignedAdvert>,
+    number: u64,
+}
+
+fn net(text: &str) -> IpNet {
+    text.parse().unwrap()
+}
+
+impl Desk {
+    fn new(routers: u8) -> Self {
+        let mut f = Founder::new(5);
+        let (secret, invite) = f.invite(open_terms(9));
+        let mut records = f.records.to_vec();
+        records.push(invite);
+        let routers: Vec<NodeKeys> = (0..routers).map(|_| f.node()).collect();
+        for (keys, i) in routers.iter().zip(0u8..) {
+            records.push(f.member(keys, &secret, &format!("r{i}"), 10 + i));
+        }
+        let config = Config {
+            keys: Founder::new(5).keys,
+            network: f.network,
+            records,
+            port_v4: Some(7000),
+            port_v6: None,
+            last_endpoints: Vec::new(),
+            seed: [1; 32],
+            first_number: 1,
+            adverts: Vec::new(),
+            routes: RouteWish::default(),
+            limits: Limits::default(),
+        };
+        let planner = Planner::new(config, Arc::<Drops>::default(), Now::ZERO).unwrap();
+        let mut desk = Self {
+            f,
+            routers,
+            planner,
+            updates: vec![],
+            plans: vec![],
+            kept: BTreeMap::new(),
+            said: vec![],
+            number: 0,
+        };
+        desk.input(Input::ControlUp);
+        desk.updates.clear();
+        desk
+    }
+
+    fn input(&mut self, input: Input) {
+        self.planner.handle(input, Now::ZERO);
+        while let Some(output) = self.planner.poll_output() {
+            match output {
+                Output::Update(update) => self.updates.push(update),
+                Output::Routes(plan) => self.plans.push(plan),
+                Output::KeepAdvert { of, advert: Some(advert) } => drop(self.kept.insert(of, advert)),
+                Output::KeepAdvert { of, advert: None } => drop(self.kept.remove(&of)),
+                Output::Control(ToCoordinator::Advertise { advert, .. }) => self.said.push(advert),
+                _ => {}
+            }
+        }
+    }
+
+    fn advert(&mut self, router: usize, routes: &[&str], resting: &[&str]) -> SignedAdvert {
+        self.number += 1;
+        let keys = &self.routers[router];
+        let list = |texts: &[&str]| texts.iter().map(|text| net(text)).collect();
+        let advert = Advert {
+            v: 1,
+            network: self.f.network,
+            identity: keys.identity_key(),
+            number: self.number,
+            routes: list(routes),
+            resting: list(resting),
+        };
+        SignedAdvert::sign(&advert, &keys.identity.signing_key())
+    }
+
+    fn advertise(&mut self, router: usize, routes: &[&str], resting: &[&str]) {
+        let advert = self.advert(router, routes, resting);
+        self.input(Input::Control(ToNode::Adverts { adverts: vec![advert] }));
+    }
+
+    fn publish(&mut self, record: SignedRecord) {
+        let ledger = self.planner.ledger();
+        let (from, head) = (ledger.log().len() as u64, log_head(ledger.head(), &record));
+        self.input(Input::Control(ToNode::Log { from, records: vec![record], head, end: true }));
+    }
+
+    fn word(&mut self, node: &str, prefix: &str, allow: bool) -> RouteChange {
+        let (record, change) = self.planner.route_word(node, net(prefix), allow, NOW).unwrap();
+        assert_eq!(record.is_none(), change.already);
+        record.into_iter().for_each(|record| self.publish(record));
+        change
+    }
+
+    fn presence(&mut self, online: &[usize], offline: &[usize]) {
+        let keys = |list: &[usize]| list.iter().map(|i| self.routers[*i].wg_key()).collect();
+        let presence = ToNode::Presence { full: false, online: keys(online), offline: keys(offline) };
+        self.input(Input::Control(presence));
+    }
+
+    /// Who is asked for a prefix.
+    fn asked(&self, prefix: &str) -> Option<String> {
+        let line = self.lines().into_iter().find(|line| line.prefix == net(prefix) && line.via.is_some());
+        line.and_then(|line| line.via)
+    }
+
+    fn lines(&self) -> Vec<RouteLine> {
+        self.planner.route_lines(&BTreeMap::new())
+    }
+
+    fn state(&self, node: &str, prefix: &str) -> RouteState {
+        self.lines().into_iter().find(|l| l.node == node && l.prefix == net(prefix)).unwrap().state
+    }
+}
+
+#[test]
+fn a_prefix_is_pending_then_active_then_pending_again() {
+    let mut desk = Desk::new(1);
+    desk.presence(&[0], &[]);
+    desk.advertise(0, &[LAN], &[]);
+    assert_eq!(desk.state("r0", LAN), RouteState::Pending);
+    assert!(desk.planner.pending_routes()[0].1.contains("meshd routes approve r0 192.168.7.0/24"));
+    assert!(desk.plans.iter().all(|plan| plan.accepted.is_empty()));
+    assert!(!desk.word("r0", LAN, true).already);
+    assert_eq!(desk.state("r0", LAN), RouteState::Active);
+    assert_eq!(desk.plans.last().unwrap().accepted, [net(LAN)]);
+    assert!(desk.planner.pending_routes().is_empty());
+    assert!(desk.word("r0", LAN, true).already);
+    // Taken back and given again within the same second of the wall clock.
+    assert!(!desk.word("r0", LAN, false).already);
+    assert_eq!(desk.state("r0", LAN), RouteState::Pending);
+    assert!(desk.plans.last().unwrap().accepted.is_empty());
+    assert!(!desk.word("r0", LAN, true).already);
+    assert_eq!(desk.state("r0", LAN), RouteState::Active);
+    // What it stops advertising is not used, and needs no new approval later.
+    desk.advertise(0, &[], &[]);
+    assert_eq!(desk.state("r0", LAN), RouteState::Approved);
+    desk.advertise(0, &[LAN], &[]);
+    assert_eq!(desk.state("r0", LAN), RouteState::Active);
+}
+
+#[test]
+fn an_approval_is_for_one_prefix_exactly() {
+    let mut desk = Desk::new(1);
+    desk.word("r0", "10.0.0.0/8", true);
+    let exit = desk.word("r0", "0.0.0.0/0", true);
+    assert!(exit.note.unwrap().contains("does not advertise"));
+    desk.advertise(0, &["10.1.0.0/16", LAN], &[]);
+    assert_eq!(desk.state("r0", "10.1.0.0/16"), RouteState::Pending);
+    assert_eq!(desk.state("r0", LAN), RouteState::Pending);
+}
+
+#[test]
+fn of_several_routers_the_one_asked_stays_while_it_is_good() {
+    let mut desk = Desk::new(3);
+    for i in 0..3 {
+        desk.word(&format!("r{i}"), LAN, true);
+        desk.advertise(i, &[LAN], &[]);
+    }
+    desk.presence(&[1, 2], &[]);
+    let first = desk.asked(LAN).unwrap();
+    assert_ne!(first, "r0", "it is not connected");
+    // Another one coming changes nothing.
+    desk.presence(&[0], &[]);
+    assert_eq!(desk.asked(LAN).as_ref(), Some(&first));
+    // It rests: the packets go elsewhere, and what it still sends is let in.
+    let resting = first[1..].parse().unwrap();
+    desk.updates.clear();
+    desk.advertise(resting, &[], &[LAN]);
+    let second = desk.asked(LAN).unwrap();
+    assert_ne!(second, first);
+    let changes: Vec<(bool, bool)> = desk
+        .updates
+        .iter()
+        .map(|u| {
+            let Update::Peer { owns, admits, .. } = u else { panic!("{u:?}") };
+            (owns.contains(&net(LAN)), admits.contains(&net(LAN)))
+        })
+        .collect();
+    assert_eq!(changes, [(true, true), (false, true)], "given to the new one before it is taken from the old");
+    // It serves again: the packets stay where they are.
+    desk.advertise(resting, &[LAN], &[]);
+    assert_eq!(desk.asked(LAN).as_ref(), Some(&second));
+    // The one asked goes offline, then all of them: somebody is still asked.
+    desk.presence(&[], &[second[1..].parse().unwrap()]);
+    let third = desk.asked(LAN).unwrap();
+    assert_ne!(third, second);
+    desk.presence(&[], &[0, 1, 2]);
+    assert!(desk.asked(LAN).is_some());
+    // Only resting ones are left: better than nobody.
+    for i in 0..3 {
+        desk.advertise(i, &[], &[LAN]);
+    }
+    assert!(desk.asked(LAN).is_some());
+}
+
+#[test]
+fn a_removed_router_leads_nowhere() {
+    let mut desk = Desk::new(2);
+    for i in 0..2 {
+        desk.word(&format!("r{i}"), LAN, true);
+        desk.advertise(i, &[LAN], &[]);
+    }
+    desk.presence(&[0, 1], &[]);
+    let asked = desk.asked(LAN).unwrap();
+    let keys = &desk.routers[asked[1..].parse::<usize>().unwrap()];
+    let target = crate::trust::record::RevokeTarget::Identity(keys.identity_key());
+    let revoke = crate::trust::founding::revoke_record(&desk.f.admin(), desk.f.network, target, NOW);
+    desk.publish(revoke);
+    assert_ne!(desk.asked(LAN).unwrap(), asked);
+    assert_eq!(desk.kept.len(), 1);
+    assert_eq!(desk.lines().len(), 1);
+}
+
+#[test]
+fn old_forged_and_foreign_advertisements_change_nothing() {
+    let mut desk = Desk::new(2);
+    desk.word("r0", LAN, true);
+    let old = desk.advert(0, &[LAN], &[]);
+    desk.advertise(0, &[], &[]);
+    desk.input(Input::Control(ToNode::Adverts { adverts: vec![old] }));
+    assert_eq!(desk.state("r0", LAN), RouteState::Approved, "replayed");
+    // The coordinator cannot make one, and one node's is not another's.
+    let forged = SignedAdvert { sig: crate::trust::record::HexSignature([7; 64]), ..desk.advert(0, &[LAN], &[]) };
+    let stranger = desk.f.node();
+    let advert = desk.advert(1, &[LAN], &[]).open(&desk.f.network).unwrap();
+    let foreign = Advert { identity: stranger.identity_key(), ..advert };
+    let foreign = SignedAdvert::sign(&foreign, &stranger.identity.signing_key());
+    desk.input(Input::Control(ToNode::Adverts { adverts: vec![forged, foreign] }));
+    assert_eq!(desk.state("r0", LAN), RouteState::Approved);
+    assert!(desk.asked(LAN).is_none());
+}
+
+#[test]
+fn routes_can_be_refused_and_an_exit_node_is_asked_for_by_name_only() {
+    let mut desk = Desk::new(1);
+    desk.presence(&[0], &[]);
+    for prefix in [LAN, "0.0.0.0/0", "0.0.0.0/1"] {
+        let record =
+            route_grant_record(&desk.f.admin(), desk.f.network, desk.routers[0].identity_key(), net(prefix), NOW);
+        desk.publish(record);
+    }
+    desk.advertise(0, &[LAN, "0.0.0.0/0", "0.0.0.0/1"], &[]);
+    assert_eq!(desk.plans.last().unwrap().accepted, [net(LAN)], "neither everything nor half of it");
+    desk.input(Input::Routes(RouteWish { accept: false, ..RouteWish::default() }));
+    assert!(desk.plans.last().unwrap().accepted.is_empty());
+    let exit_node = Some(desk.routers[0].identity_key());
+    desk.input(Input::Routes(RouteWish { accept: false, exit_node, ..RouteWish::default() }));
+    assert_eq!(desk.plans.last().unwrap().accepted, [net("0.0.0.0/0"), net("::/0")]);
+    assert_eq!(desk.state("r0", "0.0.0.0/0"), RouteState::Active);
+    // Without it everything still leads into the tunnel, and nowhere from there.
+    desk.advertise(0, &[], &[]);
+    assert_eq!(desk.plans.last().unwrap().accepted, [net("0.0.0.0/0"), net("::/0")]);
+    assert_eq!(desk.asked("0.0.0.0/0"), None);
+}
+
+#[test]
+fn what_this_node_leads_to_is_said_again_and_survives_a_lost_memory() {
+    let mut desk = Desk::new(0);
+    desk.input(Input::Routes(RouteWish { advertise: vec![net(LAN)], ..RouteWish::default() }));
+    let first = desk.said.pop().unwrap();
+    assert!(desk.plans.iter().all(|plan| plan.serving.is_empty()), "not approved");
+    desk.word("laptop", LAN, true);
+    assert_eq!(desk.plans.last().unwrap().serving, [net(LAN)]);
+    assert!(matches!(desk.updates.last(), Some(Update::Serves(prefixes)) if *prefixes == [net(LAN)]));
+    desk.input(Input::ControlDown { problem: None });
+    desk.input(Input::ControlUp);
+    assert_eq!(desk.said.pop().unwrap(), first, "the same, on the next connection");
+    // A newer one of ours is about: this machine's state was restored from a backup.
+    let me = desk.f.keys.identity_key();
+    let ahead = Advert { number: 900, routes: vec![], ..first.open(&desk.f.network).unwrap() };
+    let ahead = SignedAdvert::sign(&ahead, &desk.f.admin());
+    desk.input(Input::Control(ToNode::Adverts { adverts: vec![ahead] }));
+    let renewed = desk.said.pop().unwrap().open(&desk.f.network).unwrap();
+    assert!(renewed.number > 900 && renewed.routes == [net(LAN)]);
+    assert_eq!(desk.kept[&me].open(&desk.f.network).unwrap(), renewed);
+}
+
+#[test]
+fn prefixes_that_cannot_be_routes_are_named() {
+    let desk = Desk::new(1);
+    let code = |prefix: &str| desk.planner.check_prefix(&net(prefix)).map_err(|p| p.code);
+    for good in [LAN, "10.0.0.0/8", "0.0.0.0/0", "::/0", "2001:db8::/32", "192.168.7.9/32"] {
+        assert_eq!(code(good), Ok(()), "{good}");
+    }
+    for mesh in ["100.64.0.0/10", "100.71.0.0/25", "fd00::/16"] {
+        assert_eq!(code(mesh), Err("route-covers-mesh".into()), "{mesh}");
+    }
+    for wide in ["0.0.0.0/1", "128.0.0.0/2", "8000::/1"] {
+        assert_eq!(code(wide), Err("route-too-wide".into()), "{wide}");
+    }
+    let unknown = desk.planner.route_word("r9", net(LAN), true, NOW).unwrap_err();
+    assert!(unknown.hint.contains("r0"), "{unknown:?}");
+    assert_eq!(desk.planner.route_word("r0", net(LAN), false, NOW).unwrap_err().code, "no-such-route");
+}
