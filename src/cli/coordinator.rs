@@ -1,5 +1,6 @@
 //! `meshd coordinator`, `meshd coordinator claim` and `meshd coordinator check`.
 
+use std::convert::Infallible;
 use std::fmt::Write as _;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -14,6 +15,7 @@ use tracing_subscriber::EnvFilter;
 use crate::cli::Global;
 use crate::cli::error::CliError;
 use crate::cli::size;
+use crate::os::manager::Manager;
 use crate::os::process;
 use crate::server::{Config, RelayLimits, Server, Tls, admin, state_dir, store};
 use crate::wire::version;
@@ -225,13 +227,28 @@ async fn serve(config: &Config, global: &Global) -> Result<(), CliError> {
     if let Err(e) = output.show(&started, |s| s.claim.unwrap_or_default().to_owned()) {
         output.note(&format!("{e}; `meshd coordinator claim` prints the token again"));
     }
+    let manager = Manager::of_this_process();
+    manager.ready(&format!("answers at {}", server.public_url().url));
     server
         .run_until(async {
-            let name = signals.wait().await;
+            let name = tokio::select! {
+                name = signals.wait() => name,
+                never = stay_watched(&manager) => match never {},
+            };
+            manager.stopping();
             output.note(&format!("{name}: stopping"));
         })
         .await
         .map_err(CliError::from)
+}
+
+/// Tells the service manager, if it watches, that this thread's tasks still run.
+async fn stay_watched(manager: &Manager) -> Infallible {
+    let Some(every) = manager.alive_every() else { return std::future::pending().await };
+    loop {
+        manager.alive();
+        tokio::time::sleep(every).await;
+    }
 }
 
 fn summary(server: &Server, config: &Config) -> String {

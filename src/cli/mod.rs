@@ -15,6 +15,7 @@ mod duration;
 pub mod error;
 mod invite;
 mod ip;
+mod man;
 mod nearest;
 mod netcheck;
 pub mod output;
@@ -135,6 +136,8 @@ pub enum Command {
     Version,
     /// Print a completion script for a shell
     Completions(completions::Args),
+    /// Write the manual pages
+    Man(man::Args),
 }
 
 /// Runs the command line `args` (program name first) and returns the exit code.
@@ -194,6 +197,7 @@ fn dispatch(cli: &Cli) -> Result<(), CliError> {
         Command::Demo(args) => demo::run(args, global),
         Command::Version => version::run(global),
         Command::Completions(args) => completions::run(args, global),
+        Command::Man(args) => man::run(args, global),
     }
 }
 

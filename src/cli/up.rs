@@ -109,7 +109,9 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
     if args.foreground {
         return Ok(daemon::run(options)?);
     }
-    let report = daemon::spawn_background(&options, args.timeout)?;
+    // The installed service runs the node that has the default directories.
+    let for_service = global.state_dir.is_none() && global.socket.is_none();
+    let report = daemon::spawn_background(&options, args.timeout, for_service)?;
     show(report, global)
 }
 

@@ -8,15 +8,17 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 
-use crate::daemon::{Options, UpReport, client, problem, store};
+use crate::daemon::{Options, UpReport, client, problem, service, store};
+use crate::os::manager::Manager;
 use crate::os::{clock, lock, process};
 use crate::time::Now;
 use crate::trust::token::Token;
@@ -34,7 +36,7 @@ const STOP_PATIENCE: Duration = Duration::from_secs(2);
 /// One line from the child.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-enum Line {
+pub(super) enum Line {
     /// What it is doing, to be named if the time runs out.
     Stage(String),
     /// It is up.
@@ -44,11 +46,11 @@ enum Line {
 }
 
 /// Starts a daemon and waits until the node is up, at most `timeout`. If one runs already for this state directory, says
-/// what is so.
+/// what is so. With `for_service` (default directories) the daemon is the installed service, where there is one.
 ///
 /// # Errors
 /// Whatever stopped the daemon from coming up. It is then not running, except where the problem is `already-running`.
-pub fn spawn_background(options: &Options, timeout: Duration) -> Result<UpReport, Problem> {
+pub fn spawn_background(options: &Options, timeout: Duration, for_service: bool) -> Result<UpReport, Problem> {
     let deadline = clock::now() + timeout;
     // A daemon that started another daemon would do so without end.
     if std::env::var_os(CHILD).is_some() {
@@ -64,6 +66,9 @@ pub fn spawn_background(options: &Options, timeout: Duration) -> Result<UpReport
         return already(status, token.as_ref(), &options);
     }
     store::prepare_dir(&options.state_dir)?;
+    if for_service && service::is_installed() {
+        return service::hand_over(&options, deadline, timeout);
+    }
     let log = open_log(&options.state_dir.join("meshd.log"))?;
     let log_from = log.metadata().map_or(0, |m| m.len());
     let mut child = start(&options, log)?;
@@ -202,50 +207,89 @@ fn wait(
     state_dir: &Path,
     log_from: u64,
 ) -> Result<UpReport, Problem> {
-    let mut lines = Lines { from: child.stdout.take(), buffer: Vec::new() };
-    let mut stage = "starting".to_owned();
+    let log = format!("the log is {}", state_dir.join("meshd.log").display());
+    let Some(stdout) = child.stdout.take() else { return Err(problem("daemon", "the daemon has no output", log)) };
+    let mut lines = Lines::new(stdout);
+    let mut outcome = Outcome::default();
     loop {
         match lines.next(deadline) {
-            Next::Line(Line::Stage(now)) => stage = now,
-            Next::Line(Line::Ready(report)) => return Ok(*report),
-            Next::Line(Line::Failed(why)) => return Err(why),
-            Next::Timeout => {
-                return Err(problem(
-                    "timeout",
-                    format!("the node was not up within {timeout:?}; it was still {stage}"),
-                    format!(
-                        "try again with a longer `--timeout`; the log is {}",
-                        state_dir.join("meshd.log").display()
-                    ),
-                ));
+            Next::Line(line) => {
+                if let Some(result) = outcome.hear(line) {
+                    return result;
+                }
             }
+            Next::Timeout => return Err(outcome.timeout(timeout, &log)),
             Next::End => {
                 let status = child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
                 let said = last_words(&state_dir.join("meshd.log"), log_from);
                 return Err(problem(
                     "daemon",
-                    format!("the daemon ended while {stage} ({status}){said}"),
-                    format!("the log is {}", state_dir.join("meshd.log").display()),
+                    format!("the daemon ended while {} ({status}){said}", outcome.stage()),
+                    log,
                 ));
             }
         }
     }
 }
 
-/// Lines of JSON from a pipe, with a deadline.
-struct Lines {
-    from: Option<ChildStdout>,
+/// What is known so far of a start, from its lines.
+pub(super) struct Outcome {
+    stage: String,
+}
+
+impl Default for Outcome {
+    fn default() -> Self {
+        Self { stage: "starting".to_owned() }
+    }
+}
+
+impl Outcome {
+    /// What the daemon was doing when it was last heard of.
+    pub(super) fn stage(&self) -> &str {
+        &self.stage
+    }
+
+    /// Takes a line in; a result if it was the last.
+    pub(super) fn hear(&mut self, line: Line) -> Option<Result<UpReport, Problem>> {
+        match line {
+            Line::Stage(now) => {
+                self.stage = now;
+                None
+            }
+            Line::Ready(report) => Some(Ok(*report)),
+            Line::Failed(why) => Some(Err(why)),
+        }
+    }
+
+    /// The time is up.
+    pub(super) fn timeout(&self, timeout: Duration, log: &str) -> Problem {
+        problem(
+            "timeout",
+            format!("the node was not up within {timeout:?}; it was still {}", self.stage),
+            format!("try again with a longer `--timeout`; {log}"),
+        )
+    }
+}
+
+/// Lines of JSON from a pipe or a socket, with a deadline.
+pub(super) struct Lines<R> {
+    from: Option<R>,
     buffer: Vec<u8>,
 }
 
-enum Next {
+/// What came next.
+pub(super) enum Next {
     Line(Line),
     Timeout,
     End,
 }
 
-impl Lines {
-    fn next(&mut self, deadline: Now) -> Next {
+impl<R: Read + AsFd> Lines<R> {
+    pub(super) const fn new(from: R) -> Self {
+        Self { from: Some(from), buffer: Vec::new() }
+    }
+
+    pub(super) fn next(&mut self, deadline: Now) -> Next {
         loop {
             if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
@@ -304,54 +348,85 @@ fn stop(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// The child's way to the command that started it; silent in a daemon that was started in the foreground.
+/// The daemon's way to whoever started it: the command that waits for it, and the service manager.
 #[derive(Debug)]
 pub(super) struct Reporter {
-    to_parent: bool,
+    to: Listener,
+    manager: Manager,
+}
+
+/// The command that waits until the node is up.
+#[derive(Debug)]
+enum Listener {
+    /// Nobody: the daemon was started in the foreground, or has said all there was.
+    Nobody,
+    /// `meshd up`, the parent, by standard output.
+    Parent,
+    /// `meshd up`, by the socket of [`service`].
+    Command(UnixStream),
 }
 
 impl Reporter {
-    /// If this process is the child of `meshd up`, reads its orders.
+    /// If a command waits for this process, reads its orders.
     ///
     /// # Errors
     /// The orders cannot be read.
     pub(super) fn take_over(options: Options) -> Result<(Self, Options), Problem> {
+        let manager = Manager::of_this_process();
         if std::env::var_os(CHILD).is_none() {
-            return Ok((Self { to_parent: false }, absolute(&options)?));
+            let own = absolute(&options)?;
+            return Ok(match service::orders(&own)? {
+                Some((options, stream)) => (Self { to: Listener::Command(stream), manager }, absolute(&options)?),
+                None => (Self { to: Listener::Nobody, manager }, own),
+            });
         }
         let bad = |e: &dyn std::fmt::Display| problem("daemon", format!("orders could not be read: {e}"), "");
         let mut orders = zeroize::Zeroizing::new(Vec::new());
         io::stdin().take(1 << 20).read_to_end(&mut orders).map_err(|e| bad(&e))?;
         let options = serde_json::from_slice(&orders).map_err(|e| bad(&e))?;
-        Ok((Self { to_parent: true }, options))
+        Ok((Self { to: Listener::Parent, manager }, options))
+    }
+
+    /// Whoever supervises this process.
+    pub(super) const fn manager(&self) -> &Manager {
+        &self.manager
     }
 
     /// Says what is being done now.
     pub(super) fn stage(&self, what: &str) {
         tracing::debug!(stage = what);
+        self.manager.status(what);
         self.write(&Line::Stage(what.to_owned()));
     }
 
     /// Says that the node is up. False: the command that wanted it is gone.
     pub(super) fn ready(&mut self, report: UpReport) -> bool {
+        let network = report.status.network.name.clone();
         let heard = self.write(&Line::Ready(Box::new(report)));
-        self.to_parent = false;
+        self.to = Listener::Nobody;
+        if heard {
+            self.manager.ready(&format!("up in the network {network:?}"));
+        }
         heard
     }
 
     /// Says why the node is not up.
     pub(super) fn failed(&self, why: &Problem) {
+        self.manager.status(&why.text);
         self.write(&Line::Failed(why.clone()));
     }
 
     fn write(&self, line: &Line) -> bool {
-        if !self.to_parent {
-            return true;
-        }
         let Ok(mut text) = serde_json::to_vec(line) else { return true };
         text.push(b'\n');
-        let mut out = io::stdout().lock();
-        out.write_all(&text).and_then(|()| out.flush()).is_ok()
+        match &self.to {
+            Listener::Nobody => true,
+            Listener::Parent => {
+                let mut out = io::stdout().lock();
+                out.write_all(&text).and_then(|()| out.flush()).is_ok()
+            }
+            Listener::Command(stream) => (&*stream).write_all(&text).is_ok(),
+        }
     }
 }
 
@@ -369,7 +444,7 @@ mod tests {
             token: Some("meshd-invite1-abc".to_owned().into()),
             ..Options::default()
         };
-        let refused = spawn_background(&options, Duration::from_secs(1)).unwrap_err();
+        let refused = spawn_background(&options, Duration::from_secs(1), false).unwrap_err();
         assert_eq!(refused.code, "bad-token");
         assert!(!state_dir.exists());
     }
@@ -380,7 +455,7 @@ mod tests {
         let _held = lock::DirLock::take(&dir.path().join("lock")).unwrap();
         let options =
             Options { socket: dir.path().join("meshd.sock"), state_dir: dir.path().to_owned(), ..Options::default() };
-        let refused = spawn_background(&options, Duration::from_secs(1)).unwrap_err();
+        let refused = spawn_background(&options, Duration::from_secs(1), false).unwrap_err();
         assert_eq!(refused.code, "already-running");
         assert!(refused.text.contains(&std::process::id().to_string()));
     }

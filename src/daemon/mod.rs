@@ -29,6 +29,7 @@ mod outbox;
 mod planner_task;
 mod relay_carrier;
 mod relay_thread;
+mod service;
 pub mod settings;
 mod stop;
 pub mod store;
@@ -173,10 +174,10 @@ fn end_on_panic() {
 fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::try_from_env("MESHD_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    // Somebody else has set logging up already: fine.
-    let _ = tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .try_init();
+        .with_ansi(std::io::stderr().is_terminal());
+    // Somebody else has set logging up already: fine. The journal writes the time itself.
+    let _ = if std::env::var_os("JOURNAL_STREAM").is_some() { log.without_time().try_init() } else { log.try_init() };
 }

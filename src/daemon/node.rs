@@ -39,6 +39,7 @@ use crate::daemon::{Options, UpReport, control_link, problem};
 use crate::engine::drops::Drops;
 use crate::engine::io::{Event, RoutePlan, SocketId};
 use crate::engine::planner::{Config, Limits, Planner, StartError};
+use crate::os::manager::Manager;
 use crate::os::netlink::{Changes, Netlink};
 use crate::os::tun::{Tun, TunError};
 use crate::os::udp::{BindError, UdpSockets};
@@ -83,6 +84,7 @@ pub(super) async fn run(options: Options, reporter: &mut Reporter) -> Result<(),
         Reason::Asked(why) => tracing::info!("stopping: {why}"),
         Reason::Failed(why) => tracing::error!(code = why.code, "stopping: {}", why.text),
     }
+    reporter.manager().stopping();
     node.stop().await;
     ended(reason)
 }
@@ -408,8 +410,26 @@ impl Node {
         if !reporter.ready(report) {
             return Err(problem("cancelled", "the command that started the daemon is gone", ""));
         }
+        tokio::select! {
+            // Both end only with the daemon.
+            () = self.keep_state_always() => Ok(()),
+            () = self.stay_watched(reporter.manager()) => Ok(()),
+        }
+    }
+
+    /// Tells the service manager, if it watches, that the node answers: the planner's answer is the proof.
+    async fn stay_watched(&self, manager: &Manager) {
+        let Some(every) = manager.alive_every() else { return std::future::pending().await };
         loop {
-            // Ends only with the daemon.
+            if self.api.status().await.is_ok() {
+                manager.alive();
+            }
+            tokio::time::sleep(every).await;
+        }
+    }
+
+    async fn keep_state_always(&self) {
+        loop {
             let changed = timeout(STATE_AT_LEAST, self.endpoints_changed()).await;
             self.keep_state();
             if changed.is_ok() {

@@ -9,6 +9,7 @@
 
 pub mod clock;
 pub mod lock;
+pub mod manager;
 pub mod netlink;
 pub mod process;
 pub mod segments;
