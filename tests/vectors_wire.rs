@@ -14,6 +14,7 @@ use std::path::PathBuf;
 
 use meshd::trust::keys::{NodeKeys, Secret32};
 use meshd::wire::keys::WgKey;
+use meshd::wire::nat::{Mapper, Seen};
 use meshd::wire::probe::{self, Candidate, CandidateKind, MessageKind, PeerMessage, ProbeKeys};
 use meshd::wire::relay_udp::{self, HEADER, Header, Kind, Name, SessionSecret, Wish};
 use meshd::wire::stun::{self, Change, ServerLayout, TransactionId};
@@ -183,14 +184,19 @@ fn sealed_v1() {
         mapping: Some("endpoint-independent".to_owned()),
         filtering: Some("address-and-port-dependent".to_owned()),
         udp: Some(true),
-        ports: None,
-        primed: None,
-        fresh: None,
-        punch: None,
+        ..PeerMessage::default()
+    };
+    let evidence = PeerMessage {
+        port: Some(41_641),
+        mapper: Mapper::Absent,
+        seen: Some(Seen { sent: 8, answered: 0, heard: 3 }),
+        kind: MessageKind::Answer,
+        n: 4,
+        ..full.clone()
     };
     let short = PeerMessage { v: 1, n: 2, kind: MessageKind::Go, ..PeerMessage::default() };
     let answer = PeerMessage { v: 1, n: 3, kind: MessageKind::Answer, udp: Some(false), ..PeerMessage::default() };
-    for (name, message) in [("call", full), ("go", short), ("answer", answer)] {
+    for (name, message) in [("call", full), ("go", short), ("answer", answer), ("answer-with-evidence", evidence)] {
         let says = json!({"from": 1, "to": 2, "nonce": "5a, 24 times", "message": message});
         let sealed = golden(&format!("sealed/v1/{name}"), &probe::seal(&one, &message, NONCE), &says);
         assert_eq!(probe::sealed_name(&sealed), Some(two.inbound_name()));

@@ -26,6 +26,7 @@ mod size;
 mod status;
 mod up;
 mod version;
+mod why;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -118,6 +119,8 @@ pub enum Command {
     Status(status::Args),
     /// Ask a peer for an answer through the mesh, and say which way it came
     Ping(ping::Args),
+    /// Explain why a peer is reached the way it is, and what would help
+    Why(why::Args),
     /// Examine the network this machine is in: UDP, NAT behaviour, relay
     Netcheck(netcheck::Args),
     /// Print mesh addresses, one a line
@@ -188,6 +191,7 @@ fn dispatch(cli: &Cli) -> Result<(), CliError> {
         Command::Down => down::run(global),
         Command::Status(args) => status::run(args, global),
         Command::Ping(args) => ping::run(args, global),
+        Command::Why(args) => why::run(args, global),
         Command::Netcheck(args) => netcheck::run(args, global),
         Command::Ip(args) => ip::run(args, global),
         Command::Invite(args) => invite::run(args, global),

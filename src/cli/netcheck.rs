@@ -71,7 +71,7 @@ fn limits(p: &Punching) -> String {
     )
 }
 
-fn ports(model: Option<PortModel>) -> String {
+pub(super) fn ports(model: Option<PortModel>) -> String {
     match model {
         None | Some(PortModel::Unknown) => "unknown".to_owned(),
         Some(PortModel::Preserving) => "kept where they are free".to_owned(),

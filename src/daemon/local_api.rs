@@ -35,8 +35,8 @@ use crate::trust::record::{RevokeTarget, SignedRecord};
 use crate::trust::token::InviteToken;
 use crate::wire::keys::ControlKey;
 use crate::wire::local::{
-    Call, DropCount, MAX_REQUEST, PathKind, Pong, Problem, Removed, Request, Response, RouteChange, RouteList, Status,
-    TokenReply,
+    Call, DropCount, MAX_REQUEST, PathKind, PeerWhy, Pong, Problem, Removed, Request, Response, RouteChange, RouteList,
+    Status, TokenReply,
 };
 use crate::wire::version;
 
@@ -50,6 +50,9 @@ const PUBLISH_PATIENCE: Duration = Duration::from_secs(15);
 const RECONNECT_PATIENCE: Duration = Duration::from_secs(5);
 /// While waiting for a direct path: how long one ping may take before the next.
 const DIRECT_PING: Duration = Duration::from_millis(2_000);
+/// How long `meshd why` waits for an attempt at a path to end, and how often it looks.
+const WHY_PATIENCE: Duration = Duration::from_secs(4);
+const WHY_LOOK: Duration = Duration::from_millis(100);
 /// The longest time one call may ask to wait.
 const LONGEST: Duration = Duration::from_secs(24 * 3_600);
 /// The longest `sun_path` (unix(7)), less the final zero.
@@ -274,6 +277,10 @@ impl Api {
                 let ping = PingCall { count, timeout_ms, interval_ms, until_direct };
                 self.ping(peer, ping, out).await?;
             }
+            Call::Why { peer } => {
+                let reply = self.why(peer).await?;
+                out.write(&Response::Why(Box::new(reply))).await?;
+            }
             Call::Netcheck { stun } => {
                 let (offered, local) = self.known.get();
                 let servers = if stun.is_empty() { offered } else { netcheck::resolve(&stun).await? };
@@ -375,6 +382,24 @@ impl Api {
                 if call.until_direct { interval.min(limit.saturating_sub(begin.elapsed())) } else { interval };
             tokio::time::sleep(interval).await;
         }
+    }
+
+    /// Has a path looked for if there is none, waits until that is over, and says what came of it.
+    async fn why(&self, wanted: String) -> Result<PeerWhy, Problem> {
+        let peer = self.planner.with(move |planner, _| planner.find_peer(&wanted)).await??;
+        let token = self.tokens.fetch_add(1, Ordering::Relaxed);
+        let timeout_ms = u64::try_from(WHY_PATIENCE.as_millis()).unwrap_or(u64::MAX);
+        let command = Command::Ping { token, seq: 1, peer, timeout_ms };
+        self.planner.with(move |planner, now| planner.handle(Input::Command(command), now)).await?;
+        let begin = Instant::now();
+        // The next round may begin a moment after the last one failed; what is known by then is enough.
+        tokio::time::sleep(WHY_LOOK).await;
+        while begin.elapsed() < WHY_PATIENCE && self.planner.with(move |planner, _| planner.is_trying(peer)).await? {
+            tokio::time::sleep(WHY_LOOK).await;
+        }
+        let url = self.urls.first().cloned().unwrap_or_default();
+        let reply = self.planner.with(move |planner, now| planner.why(peer, &url, now)).await?;
+        reply.ok_or_else(|| problem("no-such-peer", "that node is gone", "see `meshd status`"))
     }
 
     async fn invite(&self, terms: Terms) -> Result<TokenReply, Problem> {

@@ -1,4 +1,4 @@
-//! Watches what surrounds the node: addresses and routes of the machine, the coordinator's STUN servers, the NAT in front.
+//! Watches what surrounds the node: addresses and ways out of the machine, the coordinator's STUN servers, the NAT in front.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::daemon::relay_thread::RelayHandle;
 use crate::engine::io::{Input, LocalAddress};
 use crate::link::Endpoint;
 use crate::os::clock;
-use crate::os::netlink::{Changes, Netlink, candidates};
+use crate::os::netlink::{Changes, Netlink, WayOut, candidates};
 use crate::wire::control::StunServer;
 use crate::wire::local::Severity;
 
@@ -38,8 +38,8 @@ impl Known {
     }
 }
 
-/// Tells the planner the machine's addresses, now and whenever they change; then also doubts the links, and looks whether
-/// something new overlaps the mesh.
+/// Tells the planner the machine's addresses, now and whenever they or the ways out change (a machine may have the same address
+/// in another network); then also doubts the links, and looks whether something new overlaps the mesh.
 pub(super) struct NetworkWatch {
     pub(super) netlink: Netlink,
     pub(super) changes: Changes,
@@ -57,7 +57,7 @@ pub(super) struct NetworkWatch {
 impl NetworkWatch {
     /// Runs until the planner is gone.
     pub(super) async fn run(mut self) {
-        let mut last: Option<Vec<LocalAddress>> = None;
+        let mut last: Option<(Vec<LocalAddress>, Vec<WayOut>)> = None;
         loop {
             match Surroundings::look(&self.netlink, self.own).await {
                 Ok(around) => {
@@ -69,17 +69,25 @@ impl NetworkWatch {
                         None => self.health.clear("range-clash"),
                     }
                     let addresses = candidates(&around.addresses, self.own);
-                    if last.as_ref() != Some(&addresses) {
+                    let ways = self.netlink.ways_out(self.own).await.unwrap_or_default();
+                    let seen = (addresses, ways);
+                    if last.as_ref() != Some(&seen) {
+                        let (addresses, _) = &seen;
                         self.known.0.lock().1 = addresses.iter().map(|a| a.ip).collect();
-                        if self.inputs.send(Input::Addresses(addresses.clone())).await.is_err() {
-                            return;
-                        }
+                        let input = match &last {
+                            Some((before, _)) if before == addresses => Input::NetworkChanged,
+                            _ => Input::Addresses(addresses.clone()),
+                        };
                         if last.is_some() {
-                            tracing::info!("the machine's addresses changed");
+                            tracing::info!("the machine's addresses or ways out changed");
+                            // The relay first: the planner is about to need it.
                             self.nudge.iter().for_each(|bell| bell.notify_one());
                             self.check.notify_one();
                         }
-                        last = Some(addresses);
+                        if self.inputs.send(input).await.is_err() {
+                            return;
+                        }
+                        last = Some(seen);
                     }
                 }
                 Err(e) => tracing::warn!(code = e.code, "{}", e.text),

@@ -224,6 +224,8 @@ pub enum Input {
     RelayGone(WgKey),
     /// The machine's addresses, without loopback and without the mesh's own. Sent at start and on every change.
     Addresses(Vec<LocalAddress>),
+    /// The machine's ways out changed, but not its addresses: it may be in another network.
+    NetworkChanged,
     /// The STUN servers' addresses, resolved, in order of preference. Sent when known and on change.
     StunServers(Vec<SocketAddr>),
     /// Result of a full NAT check, run by the shell on a socket of its own.

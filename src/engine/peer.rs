@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -22,6 +23,8 @@ pub(crate) struct Peer {
     pub(crate) wg: WgKey,
     /// Connected to the coordinator, as far as that says.
     pub(crate) online: bool,
+    /// When the coordinator said that it is gone, if it did.
+    pub(crate) gone_since: Option<Now>,
     pub(crate) traffic: Arc<Traffic>,
     pub(crate) talk: Option<Box<Talk>>,
 }
@@ -38,6 +41,8 @@ pub(crate) struct Talk {
     /// Where the data workers send now.
     pub(crate) path: Path,
     pub(crate) path_since: Now,
+    /// What the path replaced, a direct one to this address or the relay, and how long that was in use.
+    pub(crate) before: Option<(Option<SocketAddr>, Duration)>,
     /// In use until then, unless traffic prolongs it.
     pub(crate) wanted_until: Now,
     /// The addresses in our last call or answer.
@@ -68,7 +73,17 @@ pub(crate) struct Handshake {
 
 impl Peer {
     pub(crate) fn new(id: PeerId, identity: IdentityKey, wg: WgKey) -> Self {
-        Self { id, identity, wg, online: false, traffic: Arc::default(), talk: None }
+        Self { id, identity, wg, online: false, gone_since: None, traffic: Arc::default(), talk: None }
+    }
+
+    /// The coordinator says so.
+    pub(crate) fn is_online(&mut self, online: bool, now: Now) {
+        if !online && self.online {
+            self.gone_since = Some(now);
+        } else if online {
+            self.gone_since = None;
+        }
+        self.online = online;
     }
 
     /// When data last went either way.
@@ -96,6 +111,7 @@ impl Talk {
             handshake: None,
             path,
             path_since: now,
+            before: None,
             wanted_until: Now::ZERO,
             told: Vec::new(),
             target: None,

@@ -110,6 +110,19 @@ mod tests {
         assert!(wall() > 1_700_000_000);
     }
 
+    /// `/proc/uptime` counts the time the machine was suspended, in hundredths of a second.
+    #[test]
+    fn the_clock_counts_suspended_time() {
+        let uptime = || {
+            let text = std::fs::read_to_string("/proc/uptime").unwrap();
+            let seconds: f64 = text.split_whitespace().next().unwrap().parse().unwrap();
+            Duration::from_secs_f64(seconds)
+        };
+        let (before, now, after) = (uptime(), Duration::from_micros(now().0), uptime());
+        let tick = Duration::from_millis(10);
+        assert!(before <= now + tick && now <= after + tick, "{before:?}, {now:?}, {after:?}");
+    }
+
     #[tokio::test]
     async fn an_alarm_rings_at_its_time_and_once() {
         let mut alarm = Alarm::new().unwrap();

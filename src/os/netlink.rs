@@ -17,8 +17,10 @@ use crate::engine::io::LocalAddress;
 use crate::engine::packet::DATA_OVERHEAD;
 use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS};
 
-/// Changes closer together than this are reported once.
-const DEBOUNCE: Duration = Duration::from_millis(300);
+/// A change is reported after this long, with what came meanwhile: one change of network is many messages.
+const DEBOUNCE: Duration = Duration::from_millis(20);
+/// Reports are at least this far apart.
+const REPORTS_APART: Duration = Duration::from_millis(100);
 /// The kernel's table of its own addresses; those are listed as addresses, not as routes.
 const TABLE_LOCAL: u32 = 255;
 
@@ -44,6 +46,15 @@ pub struct Route {
     pub index: Option<u32>,
     /// Where to.
     pub prefix: IpNet,
+}
+
+/// A default route: where packets for everybody else leave.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WayOut {
+    /// The interface it leads to, if a single one.
+    pub index: Option<u32>,
+    /// The router; `None`: everybody is on the link.
+    pub gateway: Option<IpAddr>,
 }
 
 /// An interface as it is now.
@@ -118,6 +129,26 @@ impl Netlink {
         Ok(found)
     }
 
+    /// The default routes of every table, but for those of the interface `not_by`, sorted.
+    ///
+    /// # Errors
+    /// The kernel's answer could not be read.
+    pub async fn ways_out(&self, not_by: u32) -> io::Result<Vec<WayOut>> {
+        let mut found = Vec::new();
+        for request in [
+            RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
+            RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
+        ] {
+            let mut stream = std::pin::pin!(self.handle.route().get(request).execute());
+            while let Some(message) = stream.try_next().await.map_err(other)? {
+                found.extend(way_out(&message).filter(|way| way.index != Some(not_by)));
+            }
+        }
+        found.sort();
+        found.dedup();
+        Ok(found)
+    }
+
     /// Gives the interface its addresses (with the networks' prefix lengths, so that the kernel makes the on-link routes
     /// itself) and its MTU, and brings it up. What was set before stays.
     ///
@@ -165,7 +196,8 @@ impl Netlink {
     }
 }
 
-/// Reports that links, addresses or routes changed, at most once every 300 ms and always after the last change.
+/// Reports that links, addresses or routes changed: 20 ms after the first change, then every 100 ms while they go on, and always
+/// after the last.
 #[derive(Debug)]
 pub struct Changes {
     changed: tokio::sync::mpsc::Receiver<()>,
@@ -183,9 +215,12 @@ impl Changes {
         let (tell, changed) = tokio::sync::mpsc::channel(1);
         tokio::spawn(connection);
         tokio::spawn(async move {
+            let mut told: Option<tokio::time::Instant> = None;
             while messages.next().await.is_some() {
                 // Swallow what follows within the debounce time, then tell once. A full channel holds the news already.
-                let quiet = tokio::time::sleep(DEBOUNCE);
+                let now = tokio::time::Instant::now();
+                let at = told.map_or(now, |told| told + REPORTS_APART).max(now + DEBOUNCE);
+                let quiet = tokio::time::sleep_until(at);
                 tokio::pin!(quiet);
                 loop {
                     tokio::select! {
@@ -193,6 +228,7 @@ impl Changes {
                         more = messages.next() => if more.is_none() { break },
                     }
                 }
+                told = Some(at);
                 if let Err(tokio::sync::mpsc::error::TrySendError::Closed(())) = tell.try_send(()) {
                     break;
                 }
@@ -248,6 +284,22 @@ fn route(message: &RouteMessage) -> Option<Route> {
     // No destination is the default route.
     let prefix = IpNet::new(destination?, header.destination_prefix_length).ok()?;
     Some(Route { index, prefix })
+}
+
+fn way_out(message: &RouteMessage) -> Option<WayOut> {
+    if message.header.kind != RouteType::Unicast || message.header.destination_prefix_length != 0 {
+        return None;
+    }
+    let mut way = WayOut { index: None, gateway: None };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Oif(oif) => way.index = Some(*oif),
+            RouteAttribute::Gateway(RouteAddress::Inet(a)) => way.gateway = Some(IpAddr::V4(*a)),
+            RouteAttribute::Gateway(RouteAddress::Inet6(a)) => way.gateway = Some(IpAddr::V6(*a)),
+            _ => {}
+        }
+    }
+    Some(way)
 }
 
 fn other(e: rtnetlink::Error) -> io::Error {

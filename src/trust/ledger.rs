@@ -293,6 +293,11 @@ impl Ledger {
         self.nodes.values().map(|node| &node.member).filter(|m| !self.is_revoked(&m.identity))
     }
 
+    /// Members that were revoked.
+    pub fn removed(&self) -> impl Iterator<Item = &Member> {
+        self.nodes.values().map(|node| &node.member).filter(|m| self.is_revoked(&m.identity))
+    }
+
     /// How many live members there are.
     #[must_use]
     pub const fn live_members(&self) -> usize {

@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::wire::nat::PortModel;
+use crate::wire::nat::{Mapper, PortModel, Seen};
 
 /// The longest line either side reads, in bytes.
 pub const MAX_LINE: usize = 64 << 20;
@@ -46,6 +46,11 @@ pub enum Call {
         interval_ms: u64,
         /// Go on (up to `timeout_ms` in all) until the path is direct.
         until_direct: bool,
+    },
+    /// Answered by one `why`, after an attempt at a path that is under way has ended.
+    Why {
+        /// Name, mesh IP, or id prefix.
+        peer: String,
     },
     /// Answered by one `netcheck`.
     Netcheck {
@@ -99,6 +104,8 @@ pub enum Response {
     Status(Box<Status>),
     /// One answered or lost ping.
     Pong(Pong),
+    /// Why a peer is reached the way it is.
+    Why(Box<PeerWhy>),
     /// The netcheck document.
     Netcheck(Box<Netcheck>),
     /// A new invite.
@@ -336,6 +343,74 @@ pub struct Pong {
     pub endpoint: Option<String>,
     /// Round trip in milliseconds.
     pub rtt_ms: Option<f64>,
+}
+
+/// `meshd why PEER --json`, schema 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PeerWhy {
+    /// 1.
+    pub schema: u16,
+    /// The peer's name.
+    pub peer: String,
+    /// Its short id.
+    pub id: String,
+    /// As in [`StatusPeer`].
+    pub online: bool,
+    /// How packets reach it now.
+    pub path: StatusPath,
+    /// A stable word for the first cause; `docs/operations.md` lists them.
+    pub code: String,
+    /// How packets go, and the first cause.
+    pub text: String,
+    /// The causes behind it, one a sentence.
+    pub because: Vec<String>,
+    /// What would help, each by itself.
+    pub fix: Vec<String>,
+    /// Direct: how that was found.
+    #[serde(default)]
+    pub found: Option<WhyFound>,
+    /// Attempts at a direct path that failed in a row.
+    pub failed: u32,
+    /// Seconds until the next attempt, if one is set.
+    pub next_attempt_s: Option<u64>,
+    /// What this machine knows of its own network.
+    pub here: WhySide,
+    /// What the peer says of its; null: it has said nothing yet.
+    pub there: Option<WhySide>,
+}
+
+/// How a direct path was found.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WhyFound {
+    /// `same-network`, `open-address`, `punch`, `fresh-port` or `many-ports`.
+    pub how: String,
+    /// Attempts that had failed before.
+    pub failed_before: u32,
+    /// What it replaced: `relay`, or the address used before.
+    pub replaced: Option<String>,
+}
+
+/// One end's network, as that end knows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WhySide {
+    /// UDP passes; null: not known.
+    pub udp: Option<bool>,
+    /// As in [`Netcheck`].
+    pub mapping: Option<String>,
+    /// As in [`Netcheck`].
+    pub filtering: Option<String>,
+    /// As in [`Netcheck`].
+    pub port_model: Option<PortModel>,
+    /// Whether the router maps ports when asked: `found`, `absent` or `unknown`.
+    pub port_mapping: Mapper,
+    /// The UDP port to forward.
+    pub port: Option<u16>,
+    /// It has an IPv4 address to offer.
+    pub ipv4: Option<bool>,
+    /// It has an IPv6 address to offer.
+    pub ipv6: Option<bool>,
+    /// What this end saw of the last attempt, if that failed.
+    pub last_attempt: Option<Seen>,
 }
 
 /// `meshd netcheck --json`, schema 1.

@@ -1,4 +1,5 @@
-//! How a NAT chooses external ports, as nodes tell each other and people.
+//! What nodes tell each other and people of the NAT in front of them: how it chooses external ports, whether it maps one when
+//! asked, and what a punch through it showed.
 
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +28,39 @@ pub enum PortModel {
     /// One that a newer version knows.
     #[serde(other)]
     Unknown,
+}
+
+/// Whether the router in front of a node maps a port when it is asked to (PCP, NAT-PMP or UPnP).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mapper {
+    /// It has mapped the node's port.
+    Found,
+    /// It was asked and does not.
+    Absent,
+    /// Not asked, no answer yet, or something a newer version knows.
+    #[default]
+    #[serde(other)]
+    Unknown,
+}
+
+impl Mapper {
+    /// Not known, which need not be told.
+    #[must_use]
+    pub const fn is_unknown(&self) -> bool {
+        matches!(self, Self::Unknown)
+    }
+}
+
+/// What one side saw of a round that found no path.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// Its probes.
+    pub sent: u16,
+    /// Those of them that were answered.
+    pub answered: u16,
+    /// The other side's probes that reached it.
+    pub heard: u16,
 }
 
 impl PortModel {
@@ -59,6 +93,8 @@ mod tests {
             assert!(json.contains(model.name()), "{json}");
             assert_eq!(serde_json::from_str::<PortModel>(&json).unwrap(), model);
         }
+        assert_eq!(serde_json::from_str::<Mapper>(r#""absent""#).unwrap(), Mapper::Absent);
+        assert_eq!(serde_json::from_str::<Mapper>(r#""by-carrier-pigeon""#).unwrap(), Mapper::Unknown);
         let newer = r#"{"model":"phase-of-the-moon","offset":3}"#;
         assert_eq!(serde_json::from_str::<PortModel>(newer).unwrap(), PortModel::Unknown);
     }

@@ -36,7 +36,7 @@ use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 use crate::trust::keys::Secret32;
 use crate::wire::classify::SEALED;
 use crate::wire::keys::{Digest32, WgKey};
-use crate::wire::nat::PortModel;
+use crate::wire::nat::{Mapper, PortModel, Seen};
 use crate::wire::stun::{self, Attributes, HEADER, TransactionId, Writer, attribute, kind};
 
 /// Our attribute, comprehension-optional: version and purpose of a probe.
@@ -311,6 +311,15 @@ pub struct PeerMessage {
     /// How the sender's NAT chooses ports; absent: not known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ports: Option<PortModel>,
+    /// The sender's IPv4 port: the one to forward in its router; absent: it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+    /// Whether the sender's router maps ports when asked.
+    #[serde(default, skip_serializing_if = "Mapper::is_unknown")]
+    pub mapper: Mapper,
+    /// What the sender saw of the last round, if that found no path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen: Option<Seen>,
     /// In an answer: the sender has sent to the caller's candidates, so that its NAT lets the caller in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub primed: Option<bool>,

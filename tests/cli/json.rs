@@ -7,11 +7,11 @@ use std::os::unix::net::UnixListener;
 use std::process::Output;
 
 use meshd::wire::local::{
-    DropCount, Health, Netcheck, NetcheckServer, PathKind, Pong, Problem, Punching, Removed, Request, Response,
-    RouteChange, RouteLine, RouteList, RouteState, Severity, Status, StatusCoordinator, StatusNat, StatusNetwork,
-    StatusPath, StatusPeer, StatusSelf, TokenReply,
+    DropCount, Health, Netcheck, NetcheckServer, PathKind, PeerWhy, Pong, Problem, Punching, Removed, Request,
+    Response, RouteChange, RouteLine, RouteList, RouteState, Severity, Status, StatusCoordinator, StatusNat,
+    StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply, WhyFound, WhySide,
 };
-use meshd::wire::nat::PortModel;
+use meshd::wire::nat::{Mapper, PortModel, Seen};
 
 use crate::snapshot::{assert_snapshot, meshd, transcript};
 
@@ -274,4 +274,64 @@ fn invite_remove_down_version() {
         .map(|args| transcript(args, &meshd(args).output().unwrap()))
         .collect();
     assert_snapshot("version", &text.join("\n"));
+}
+
+fn why_side(port: u16) -> WhySide {
+    WhySide {
+        udp: Some(true),
+        mapping: Some("address-and-port-dependent".to_owned()),
+        filtering: Some("address-and-port-dependent".to_owned()),
+        port_model: Some(PortModel::Random),
+        port_mapping: Mapper::Absent,
+        port: Some(port),
+        ipv4: Some(true),
+        ipv6: Some(false),
+        last_attempt: Some(Seen { sent: 1041, answered: 0, heard: 0 }),
+    }
+}
+
+#[test]
+fn why_documents() {
+    let relayed = PeerWhy {
+        schema: 1,
+        peer: "nas".to_owned(),
+        id: "bb22000000000002".to_owned(),
+        online: true,
+        path: StatusPath {
+            kind: PathKind::Relay,
+            endpoint: Some("https://vpn.example.org".to_owned()),
+            rtt_ms: Some(61.5),
+            since_s: Some(63),
+            reason: Some("both NATs pick a new port for every destination".to_owned()),
+        },
+        code: "both-hard".to_owned(),
+        text: "nas is relayed: both NATs pick a new random port for every destination".to_owned(),
+        because: vec!["your router maps no port when asked (UPnP, NAT-PMP, PCP)".to_owned()],
+        fix: vec!["forward UDP 50112 to this machine in its router".to_owned()],
+        found: None,
+        failed: 3,
+        next_attempt_s: Some(540),
+        here: why_side(50_112),
+        there: Some(why_side(40_404)),
+    };
+    check("why", &["why", "nas"], &[Response::Why(Box::new(relayed.clone())), Response::Done]);
+    let direct = PeerWhy {
+        path: StatusPath {
+            kind: PathKind::Direct,
+            endpoint: Some("203.0.113.9:40404".to_owned()),
+            rtt_ms: Some(40.2),
+            since_s: Some(4),
+            reason: None,
+        },
+        code: "direct".to_owned(),
+        text: "nas is reached directly at 203.0.113.9:40404 (IPv4)".to_owned(),
+        because: vec!["it replaced the relay, in use for 3 s".to_owned()],
+        fix: vec![],
+        found: Some(WhyFound { how: "punch".to_owned(), failed_before: 0, replaced: Some("relay".to_owned()) }),
+        failed: 0,
+        next_attempt_s: None,
+        there: None,
+        ..relayed
+    };
+    check("why-direct", &["why", "nas"], &[Response::Why(Box::new(direct)), Response::Done]);
 }

@@ -24,6 +24,7 @@
 #![allow(unreachable_pub, reason = "a program: nothing in it is reached from outside")]
 
 mod cases;
+mod flow;
 mod net;
 mod packets;
 mod runner;

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 use meshd::cli::demo::contain::{After, contain};
-use meshd::cli::demo::net::{Namespace, Nat};
+use meshd::cli::demo::net::{Namespace, Nat, Router};
 
 use crate::packets::delay;
 use crate::world::World;
@@ -49,14 +49,19 @@ pub const TOPOLOGIES: &[(&str, &str, Builder)] = &[
 ///
 /// One way: a to b 20 ms, either to the coordinator 30 ms, relayed 60 ms.
 fn two_nats(left: Nat, right: Nat) -> Result<Topology> {
+    Ok(two_homes(left, right, Duration::from_millis(20))?.0)
+}
+
+/// The same with the coordinator so far from the internet's middle, and both routers.
+pub fn two_homes(left: Nat, right: Nat, coordinator: Duration) -> Result<(Topology, Router, Router)> {
     let world = World::new()?;
     let ra = world.internet.router("ra", 21, left)?;
     let rb = world.internet.router("rb", 22, right)?;
-    delay(&world.internet, "coord", Duration::from_millis(20))?;
+    delay(&world.internet, "coord", coordinator)?;
     delay(&world.internet, "ra", Duration::from_millis(10))?;
     delay(&world.internet, "rb", Duration::from_millis(10))?;
     let machines = vec![("a", ra.lan.host("a", 2)?), ("b", rb.lan.host("b", 2)?)];
-    Ok(Topology { world, machines })
+    Ok((Topology { world, machines }, ra, rb))
 }
 
 pub fn home_nat() -> Result<Topology> {

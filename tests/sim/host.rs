@@ -68,6 +68,8 @@ pub(crate) struct Machines {
     pub(crate) events: Vec<(Now, io::Event)>,
     /// Where each peer's packets go, by the events.
     pub(crate) paths: BTreeMap<WgKey, Path>,
+    /// Where the worker sends each peer's packets.
+    pub(crate) sending: BTreeMap<PeerId, Path>,
     /// Records accepted since the start.
     pub(crate) persisted: Vec<SignedRecord>,
     /// Every time `handle_timeout` was called, by reason.
@@ -96,6 +98,7 @@ impl Machines {
             wakes: 0,
             events: Vec::new(),
             paths: BTreeMap::new(),
+            sending: BTreeMap::new(),
             persisted: Vec::new(),
             timeouts: BTreeMap::new(),
         };
@@ -186,6 +189,9 @@ impl Machines {
                 return;
             }
             let Some((_, update)) = self.updates.pop_front() else { return };
+            if let Update::Path { peer, path } = &update {
+                self.sending.insert(*peer, *path);
+            }
             self.inbound.apply(update.clone());
             self.outbound.apply(update, self.now, sink);
         }

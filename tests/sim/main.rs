@@ -37,6 +37,7 @@ mod adversary;
 mod budget;
 mod dice;
 mod hard;
+mod healing;
 mod host;
 mod inner;
 mod link;

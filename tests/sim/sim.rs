@@ -586,6 +586,13 @@ impl Sim {
             && self.is_direct(node, peer)
     }
 
+    /// The worker sends to the peer directly, and not by the relay too.
+    pub(crate) fn sends_directly(&self, node: NodeRef, peer: NodeRef) -> bool {
+        let machines = self.machines(node);
+        let id = machines.planner.find_peer(&self.nodes[peer.0].name);
+        id.is_ok_and(|id| matches!(machines.sending.get(&id), Some(Path::Direct { .. })))
+    }
+
     /// When a node's packets to a peer first went directly.
     pub(crate) fn first_direct(&self, node: NodeRef, peer: NodeRef) -> Option<Now> {
         let wanted = self.nodes[peer.0].wg;

@@ -9,9 +9,10 @@ use rand::Rng;
 
 use crate::engine::io::{Path, SocketId};
 use crate::engine::path::Leg;
-use crate::engine::path::reason::{Attempt, NatView};
+use crate::engine::path::reason::{Attempt, Evidence, Found, How, NatView};
 use crate::engine::path::reflexive::fresh_txid;
 use crate::time::Now;
+use crate::wire::nat::Seen;
 use crate::wire::probe::{MessageKind, Role};
 use crate::wire::stun::TransactionId;
 
@@ -23,8 +24,10 @@ mod watch;
 const PUNCH_MS: [u64; 8] = [0, 20, 50, 100, 200, 400, 800, 1400];
 /// A punch without a path this long after its start has failed.
 const PUNCH_ENDS: Duration = Duration::from_millis(2400);
-/// Repetition of an unanswered call. Relay frames are rarely lost, but the peer may be about to connect.
-const CALL_RETRY: [Duration; 3] = [Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(4)];
+/// Repetition of an unanswered call. Relay frames are rarely lost, but either side may be about to connect, and after a move
+/// the first goes to a connection that is dead without knowing it.
+const CALL_RETRY: [Duration; 4] =
+    [Duration::from_millis(400), Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(4)];
 /// The answering side starts by itself if the `go` was lost.
 const GO_TIMEOUT: Duration = Duration::from_millis(700);
 /// Waits between failed rounds while the peer is in use; the last one repeats.
@@ -155,6 +158,13 @@ pub(crate) struct PathAgent {
     current: Option<Current>,
     pub(crate) relay_rtt: Option<Duration>,
     pub(crate) theirs: NatView,
+    /// What the peer knows of its network and saw of the last round, as it says.
+    pub(crate) their_evidence: Evidence,
+    /// What is seen of the round under way, and what was of the last that failed.
+    tally: Seen,
+    failed: Option<Seen>,
+    /// The last round ended because the peer did not answer the call.
+    called_in_vain: bool,
     answers_left: u32,
     answers_refilled: Now,
     full_size_lost: bool,
@@ -236,6 +246,7 @@ struct Current {
     last_pong: Now,
     last_probe: Now,
     doubt: Option<Doubt>,
+    found: Found,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -266,6 +277,10 @@ impl PathAgent {
             current: None,
             relay_rtt: None,
             theirs: NatView::default(),
+            their_evidence: Evidence::default(),
+            tally: Seen::default(),
+            failed: None,
+            called_in_vain: false,
             answers_left: ANSWER_BURST,
             answers_refilled: now,
             full_size_lost: false,
@@ -279,6 +294,48 @@ impl PathAgent {
     /// The way in use, when it was chosen, and its round trip.
     pub(crate) fn direct(&self) -> Option<(Leg, Now, Duration)> {
         self.current.map(|c| (c.leg, c.since, c.rtt))
+    }
+
+    /// A round is under way.
+    pub(crate) fn is_searching(&self) -> bool {
+        self.heavy || self.stage != Stage::Idle
+    }
+
+    /// How the way in use was found.
+    pub(crate) fn found(&self) -> Option<Found> {
+        self.current.map(|c| c.found)
+    }
+
+    /// What was seen of the last round, if it failed.
+    pub(crate) const fn seen(&self) -> Option<Seen> {
+        self.failed
+    }
+
+    /// Whether the last round ended because the peer did not answer the call.
+    pub(crate) const fn called_in_vain(&self) -> bool {
+        self.called_in_vain
+    }
+
+    /// How long until the next round, if one is set.
+    pub(crate) fn next_round_in(&self, now: Now) -> Option<Duration> {
+        self.next_round.filter(|_| self.awake && self.current.is_none()).map(|at| at.since(now))
+    }
+
+    /// A probe of a heavy punch went to the peer.
+    pub(crate) const fn count_shot(&mut self) {
+        self.tally.sent = self.tally.sent.saturating_add(1);
+    }
+
+    /// By what a way was found that is about to be used.
+    fn how(&self, leg: Leg) -> How {
+        let remote = self.remotes.iter().find(|r| r.leg == leg);
+        match remote {
+            Some(r) if r.near => How::SameNetwork,
+            Some(r) if r.open => How::OpenAddress,
+            _ if self.heavy => How::ManyPorts,
+            _ if leg != Leg::main(leg.remote) => How::FreshPort,
+            _ => How::Punch,
+        }
     }
 
     /// Whether a call or an answer waits for fresh candidates of our own.
@@ -453,11 +510,13 @@ impl PathAgent {
         match self.stage {
             Stage::ToCall => {
                 self.round = self.round.wrapping_add(1);
+                self.tally = Seen::default();
                 self.stage = Stage::Called { at: cx.now, tries: 0, next: cx.now + CALL_RETRY[0] };
                 self.tell(MessageKind::Call, Some(cx.now.0), None, None, cx);
             }
             Stage::ToAnswer { t, since } => {
                 let held = u64::try_from(cx.now.since(since).as_micros()).unwrap_or(u64::MAX);
+                self.tally = Seen::default();
                 self.stage = Stage::Answered { at: cx.now };
                 self.tell(MessageKind::Answer, Some(held), t, None, cx);
                 // Our NAT is opened now, so that the caller's first probe finds it open; what needs no opening, or lets
@@ -520,8 +579,20 @@ impl PathAgent {
         self.round = round;
         self.fresh = if fresh { Fresh::Wanted } else { Fresh::No };
         self.stage = Stage::ToAnswer { t, since: cx.now };
-        // Who has a path that works does not call.
-        self.ask_current(true, cx);
+        // Who has a path that works does not call: until ours has answered, what we send goes both ways.
+        if let Some(current) = self.current.filter(|c| c.doubt.is_none_or(|d| !d.both)) {
+            self.doubt(true, true, cx.now);
+            cx.actions.push_back(Action::Select(current.leg.both()));
+            self.probe(current.leg, false, cx);
+        }
+    }
+
+    /// There is a relay again: a call that went nowhere is repeated at once.
+    pub(crate) fn relay_came<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        if matches!(self.stage, Stage::Called { .. }) {
+            self.stage = Stage::Called { at: cx.now, tries: 0, next: cx.now + CALL_RETRY[0] };
+            self.tell(MessageKind::Call, Some(cx.now.0), None, None, cx);
+        }
     }
 
     /// The peer answered our call. `opened`: its NAT lets our first probe in, so there is nothing to wait for. `role`: our
@@ -575,6 +646,7 @@ impl PathAgent {
     fn heavy_failed(&mut self, now: Now) {
         let wait = HEAVY_BACKOFF_S.get(self.heavy_failures).or(HEAVY_BACKOFF_S.last()).copied().unwrap_or(HOPELESS_S);
         self.heavy_failures += 1;
+        self.failed = Some(self.tally);
         self.heavy_not_before = Some(now + Duration::from_secs(wait));
         let shift = if self.wins_ties { 0 } else { 1500 };
         if matches!(self.stage, Stage::Idle | Stage::Punching { .. }) {
@@ -602,6 +674,7 @@ impl PathAgent {
         if !self.awake {
             return;
         }
+        self.tally.heard = self.tally.heard.saturating_add(1);
         self.learn(from, near);
         let Some(remote) = self.remote_mut(from) else { return };
         remote.heard = true;
@@ -669,6 +742,7 @@ impl PathAgent {
     ) -> bool {
         let Some(position) = self.in_flight.iter().position(|p| p.txid == *txid && p.to == from) else { return false };
         let Some(probe) = self.in_flight.remove(position) else { return false };
+        self.tally.answered = self.tally.answered.saturating_add(1);
         let rtt = cx.now.since(probe.sent);
         let proves = probe.full_size && full_size;
         if let Some(current) = self.current.as_mut().filter(|c| c.leg == from) {
@@ -808,6 +882,11 @@ impl PathAgent {
             self.stage = Stage::Idle;
             return;
         }
+        // A call that nobody answered shows nothing of the network between.
+        self.called_in_vain = matches!(self.stage, Stage::Called { .. });
+        if !self.called_in_vain {
+            self.failed = Some(self.tally);
+        }
         self.stage = Stage::Idle;
         self.full_size_lost = self.remotes.iter().any(|r| r.last_pong.is_some() && r.proven.is_none());
         let wait = BACKOFF_S.get(self.failures).or(BACKOFF_S.last()).copied().unwrap_or(HOPELESS_S);
@@ -834,6 +913,7 @@ impl PathAgent {
 
     fn probe<R: Rng>(&mut self, to: Leg, full_size: bool, cx: &mut Context<'_, R>) {
         let txid = fresh_txid(cx.tx_prefix, cx.rng);
+        self.tally.sent = self.tally.sent.saturating_add(1);
         if self.in_flight.len() >= MAX_IN_FLIGHT {
             self.in_flight.pop_front();
         }

@@ -39,6 +39,12 @@ pub fn gather(
     out
 }
 
+/// Whether there are IPv4 and IPv6 ones among them.
+pub(crate) fn families(candidates: &[Candidate]) -> (bool, bool) {
+    let any = |v4: bool| candidates.iter().any(|c| c.addr.is_ipv4() == v4);
+    (any(true), any(false))
+}
+
 /// Whether an address may be probed at all: a unicast address outside the mesh (the tunnel never runs inside itself).
 #[must_use]
 pub fn usable(addr: &SocketAddr, mesh: &[IpNet]) -> bool {

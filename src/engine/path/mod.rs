@@ -18,6 +18,7 @@ pub(crate) mod heavy;
 pub mod ports;
 pub mod reason;
 pub mod reflexive;
+pub mod why;
 
 pub(crate) mod technique;
 

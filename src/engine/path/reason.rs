@@ -1,6 +1,6 @@
 //! Why a peer is relayed, in words.
 
-use crate::wire::nat::PortModel;
+use crate::wire::nat::{Mapper, PortModel, Seen};
 
 /// What a node knows of the NAT in front of it, as told to its peers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -13,6 +13,46 @@ pub struct NatView {
     pub udp: Option<bool>,
     /// How it chooses ports; None: not known.
     pub ports: Option<PortModel>,
+}
+
+/// What a node knows of its own network besides the NAT's ways, and what it saw of the last round that failed, as told to the
+/// peer. Only for explaining.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Evidence {
+    /// The node's IPv4 port: the one to forward in its router.
+    pub port: Option<u16>,
+    /// Whether its router maps ports when asked.
+    pub mapper: Mapper,
+    /// What it saw of the last round that found no path.
+    pub seen: Option<Seen>,
+    /// It has offered an IPv4 address; None: no offer is known.
+    pub v4: Option<bool>,
+    /// The same of IPv6.
+    pub v6: Option<bool>,
+}
+
+/// How a path in use was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// By what.
+    pub how: How,
+    /// Rounds that had failed before.
+    pub attempt: usize,
+}
+
+/// By what a path was found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum How {
+    /// The peer's address is on a network this machine is attached to.
+    SameNetwork,
+    /// The peer lets everybody in there: a public, forwarded or mapped address.
+    OpenAddress,
+    /// Both sent at the same moment, so that both NATs let the other in.
+    Punch,
+    /// The same from fresh ports on both sides.
+    FreshPort,
+    /// Many sockets or ports were tried.
+    ManyPorts,
 }
 
 /// RFC 4787 names.

@@ -346,15 +346,17 @@ impl Planner {
     }
 
     fn presence(&mut self, full: bool, online: &[WgKey], offline: &[WgKey]) {
+        let now = self.now;
         if full {
-            for peer in self.peers.iter_mut().flatten() {
-                peer.online = false;
+            let here: BTreeSet<&WgKey> = online.iter().collect();
+            for peer in self.peers.iter_mut().flatten().filter(|p| !here.contains(&p.wg)) {
+                peer.is_online(false, now);
             }
         }
         for (keys, is_online) in [(online, true), (offline, false)] {
             for key in keys {
                 if let Some(peer) = self.by_wg.get(key).copied().and_then(|id| self.peer_mut(id)) {
-                    peer.online = is_online;
+                    peer.is_online(is_online, now);
                 }
             }
         }

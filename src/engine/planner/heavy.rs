@@ -158,7 +158,8 @@ impl Planner {
         if kind == ShotKind::Stun {
             return self.send(leg.via(), stun::binding_request(&txid, Change::default()));
         }
-        let Some(talk) = self.peer(id).and_then(|p| p.talk.as_deref()) else { return };
+        let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) else { return };
+        talk.agent.count_shot();
         let bytes = probe::encode_request(&talk.keys, &txid, None);
         match self.politeness.limits.prime_ttl.filter(|_| kind == ShotKind::Opener) {
             Some(ttl) => self.outputs.push_back(Output::Prime { via: leg.via(), bytes, ttl }),

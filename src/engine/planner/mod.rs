@@ -14,6 +14,7 @@
 //! | `pings.rs` | `meshd ping` |
 //! | `routes.rs` | advertisements, and which node leads to which prefix |
 //! | `status.rs` | the status document |
+//! | `why.rs` | `meshd why`: what is known of a peer's path, from both ends |
 
 mod control;
 mod fresh;
@@ -25,6 +26,7 @@ mod routes;
 mod sessions;
 mod status;
 mod stun;
+mod why;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -54,6 +56,7 @@ use crate::trust::record::{Member, SignedRecord};
 use crate::wire::classify::{Kind, classify};
 use crate::wire::keys::{IdentityKey, NetworkId, WgKey};
 use crate::wire::local::Netcheck;
+use crate::wire::nat::Mapper;
 use crate::wire::probe::ProbeKeys;
 
 pub use limits::{Limits, MOST_SOCKETS};
@@ -164,6 +167,8 @@ pub struct Planner {
     extra: BTreeMap<SocketId, PeerId>,
     next_socket: u16,
     port_mapping: Option<PortMapping>,
+    /// Whether the router maps ports when asked.
+    mapper: Mapper,
 
     control: control::Control,
     routes: routes::RouteBook,
@@ -230,6 +235,7 @@ impl Planner {
             extra: BTreeMap::new(),
             next_socket: SocketId::V6.0,
             port_mapping: None,
+            mapper: Mapper::Unknown,
             control: control::Control::new(now),
             routes: routes::RouteBook::new(config.routes),
             relay_up: false,
@@ -297,11 +303,16 @@ impl Planner {
             Input::RelayUp => self.relay_changed(true),
             Input::RelayDown => self.relay_changed(false),
             Input::RelayGone(key) => {
+                let now = self.now;
                 if let Some(peer) = self.by_wg.get(&key).copied().and_then(|id| self.peer_mut(id)) {
-                    peer.online = false;
+                    peer.is_online(false, now);
                 }
             }
             Input::Addresses(addresses) => self.addresses_changed(addresses),
+            Input::NetworkChanged => {
+                tracing::info!("this machine's ways out changed; checking every path");
+                self.network_changed();
+            }
             Input::StunServers(servers) => self.stun_servers_changed(&servers),
             Input::NetReport(report) => self.net_report(report),
             Input::SocketsOpened(sockets) => self.sockets_opened(&sockets),
@@ -385,6 +396,11 @@ impl Planner {
                 self.talking().filter(|(_, t)| t.handshake.is_some()).map(|(id, _)| id).collect();
             for id in waiting {
                 self.repeat_handshake(id);
+            }
+            let talking: Vec<PeerId> =
+                self.talking().filter(|(_, t)| t.is_wanted(self.now)).map(|(id, _)| id).collect();
+            for id in talking {
+                self.with_agent(id, |agent, _, cx| agent.relay_came(cx));
             }
         }
     }

@@ -10,12 +10,13 @@ use crate::engine::drops::Drop;
 use crate::engine::io::{Event, Output, Path, PeerId, Update, Via};
 use crate::engine::path::Leg;
 use crate::engine::path::agent::{Action, Context, HeardAnswer, Offer, PathAgent};
-use crate::engine::path::candidate::{gather, on_link, open_among, usable};
-use crate::engine::path::reason::{NatView, hopeless};
+use crate::engine::path::candidate::{families, gather, on_link, open_among, usable};
+use crate::engine::path::reason::{Evidence, NatView, hopeless};
 use crate::engine::peer::Actions;
 use crate::engine::planner::limits::Trouble;
 use crate::engine::planner::sessions::IN_USE_COMMAND;
 use crate::engine::planner::{Planner, Why};
+use crate::wire::nat::Mapper;
 use crate::wire::probe::{self, Candidate, CandidateKind, MessageKind, PeerMessage, Punch};
 use crate::wire::stun;
 
@@ -140,6 +141,8 @@ impl Planner {
         let is_change = Leg::of_path(&talk.path) != Leg::of_path(&path);
         let was = std::mem::replace(&mut talk.path, path);
         if is_change {
+            let lasted = now.since(talk.path_since);
+            talk.before = (was != Path::None).then(|| (Leg::of_path(&was).map(|leg| leg.remote), lasted));
             talk.path_since = now;
         }
         match Leg::of_path(&path) {
@@ -159,7 +162,6 @@ impl Planner {
         }
         if is_change {
             let is_direct = Leg::of_path(&path).is_some();
-            tracing::info!(peer = id.0, path = if is_direct { "direct" } else { "relay" }, "path changed");
             self.outputs.push_back(Output::Event(Event::PathChanged { peer: id, key, path }));
             if is_direct {
                 self.remember_success(id);
@@ -204,6 +206,7 @@ impl Planner {
         if introduces && let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) {
             talk.told = candidates.iter().map(|c| c.addr).collect();
         }
+        let seen = self.peer(id).and_then(|p| p.talk.as_deref()).and_then(|t| t.agent.seen());
         let number = self.next_number;
         self.next_number += 1;
         let message = PeerMessage {
@@ -218,6 +221,9 @@ impl Planner {
             filtering: self.nat.filtering.clone(),
             udp: self.nat.udp,
             ports: self.nat.ports,
+            port: self.port_v4.filter(|_| introduces),
+            mapper: if introduces { self.mapper } else { Mapper::Unknown },
+            seen: seen.filter(|_| introduces),
             primed: (kind == MessageKind::Answer && self.politeness.limits.prime_ttl.is_some()).then_some(true),
             fresh: (kind == MessageKind::Call && fresh).then_some(true),
             punch,
@@ -292,12 +298,16 @@ impl Planner {
             let seen = |c: &&Candidate| c.kind == CandidateKind::Reflexive && c.addr.is_ipv4() && usable(&c.addr);
             let target = message.candidates.iter().find(seen).map(|c| c.addr);
             let outlook = hopeless(&self.nat, &theirs);
+            let (v4, v6) = families(&message.candidates);
+            let evidence =
+                Evidence { port: message.port, mapper: message.mapper, seen: message.seen, v4: Some(v4), v6: Some(v6) };
             if let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) {
                 talk.target = target;
                 talk.open = !open.is_empty();
             }
             self.with_agent(id, |agent, _, _| {
                 agent.heard_candidates(&offers, theirs);
+                agent.their_evidence = evidence;
                 agent.set_outlook(outlook);
             });
         }

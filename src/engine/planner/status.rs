@@ -122,6 +122,7 @@ impl Planner {
             None => Vec::new(),
         };
         let problem = |text: String, hint: String| Problem { code: "no-such-peer".into(), text, hint };
+        let removed = || self.ledger.removed().find(|m| m.name == wanted.to_lowercase());
         match found.as_slice() {
             [member] => self
                 .by_identity
@@ -131,6 +132,11 @@ impl Planner {
             [] if wanted == self.me.name || address.is_some_and(|ip| addresses(&self.me).contains(&ip)) => {
                 Err(problem(format!("{wanted:?} is this machine"), "name another node; see `meshd status`".into()))
             }
+            [] if removed().is_some() => Err(Problem {
+                code: "removed".into(),
+                text: format!("{wanted:?} was removed from this network: no node talks to it any more"),
+                hint: "to let the machine in again, give it a new state directory and a new invite".into(),
+            }),
             [] => {
                 let names: Vec<&str> = members().map(|m| m.name.as_str()).collect();
                 let hint = match names::nearest(wanted, names.iter().copied()) {
@@ -194,7 +200,7 @@ impl Planner {
         heard_lately(peer, self.now)
     }
 
-    fn status_path(&self, peer: &Peer, name: &str, coordinator: &str, now: Now) -> StatusPath {
+    pub(super) fn status_path(&self, peer: &Peer, name: &str, coordinator: &str, now: Now) -> StatusPath {
         let none = StatusPath { kind: PathKind::None, endpoint: None, rtt_ms: None, since_s: None, reason: None };
         let Some(talk) = peer.talk.as_deref().filter(|t| t.is_wanted(now)) else { return none };
         let since_s = Some(now.since(talk.path_since).as_secs());
@@ -335,7 +341,7 @@ impl Planner {
     }
 }
 
-fn heard_lately(peer: &Peer, now: Now) -> bool {
+pub(super) fn heard_lately(peer: &Peer, now: Now) -> bool {
     let stamps = peer.stamps();
     let heard = stamps.last_rx_direct.max(stamps.last_rx_relay);
     heard.is_some_and(|at| now.since(at) < HEARD_LATELY)

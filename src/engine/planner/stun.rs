@@ -10,6 +10,7 @@ use crate::engine::path::reason::{NatView, behaviour};
 use crate::engine::path::reflexive::{FRESH, Question};
 use crate::engine::planner::{Planner, Why};
 use crate::wire::local::Netcheck;
+use crate::wire::nat::Mapper;
 use crate::wire::stun::{self, Change};
 
 impl Planner {
@@ -210,6 +211,7 @@ impl Planner {
 
     /// A router granted, renewed or withdrew a port mapping.
     pub(super) fn port_mapped(&mut self, mapping: Option<PortMapping>) {
+        self.mapper = if mapping.is_some() { Mapper::Found } else { Mapper::Absent };
         if mapping != self.port_mapping {
             self.port_mapping = mapping;
             self.announce();

@@ -4,6 +4,7 @@ mod coordinator;
 mod cost;
 mod daemon;
 mod demonstration;
+mod healing;
 mod interop;
 mod join;
 mod mistakes;
@@ -11,6 +12,7 @@ mod paths;
 mod relay;
 mod secrecy;
 mod stun;
+mod why;
 
 use crate::runner::Case;
 
@@ -18,11 +20,13 @@ use crate::runner::Case;
 pub fn all() -> Vec<Case> {
     let mut cases = join::cases();
     cases.extend(paths::cases());
+    cases.extend(healing::cases());
     cases.extend(relay::cases());
     cases.extend(daemon::cases());
     cases.extend(coordinator::cases());
     cases.extend(secrecy::cases());
     cases.extend(stun::cases());
+    cases.extend(why::cases());
     cases.extend(mistakes::cases());
     cases.extend(cost::cases());
     cases.extend(interop::cases());

@@ -73,6 +73,30 @@ mod tests {
             }
         }
         out.push_str(TAIL);
+        out.push_str(&healing());
+        out
+    }
+
+    /// How traffic gets over troubles.
+    fn healing() -> String {
+        let mut out = format!("{HEALING}{} runs of each:\n\n{HEALING_COLUMNS}", crate::healing::RUNS);
+        for (row, outcome) in crate::healing::measured() {
+            let ms = |time: Duration| time.as_millis();
+            let _ = writeln!(
+                out,
+                "| {} | {} × {} | {} | {} | {} | {} | {} | {} | {} |",
+                row.name,
+                row.pair.0,
+                row.pair.1,
+                ms(outcome.gap(50)),
+                ms(outcome.gap(95)),
+                ms(outcome.gap(100)),
+                ms(outcome.direct(50)),
+                ms(outcome.direct(95)),
+                ms(outcome.direct(100)),
+                outcome.lost(),
+            );
+        }
         out
     }
 
@@ -101,6 +125,19 @@ was granted a port mapping by its own.
 
     const COLUMNS: &str = "\
 | | pair | in time | median ms | 95 % | worst | packets, mean | most | of one side |
+|---|---|---|---|---|---|---|---|---|
+";
+
+    const HEALING: &str = "
+## When the network changes under a direct path
+
+A ping every 10 ms, while between the two sites nothing passes for eight seconds, one machine moves to another network, or the first
+one's NAT forgets its mappings or gets another address. The relay is a TCP connection here, which a machine that moved must make
+anew. Milliseconds without an answered ping, by when they were sent, and until both send directly again, counted from the change or
+from when the blackhole ended; pings lost on average. ";
+
+    const HEALING_COLUMNS: &str = "\
+| | pair | silent, median ms | 95 % | worst | direct again, median ms | 95 % | worst | lost |
 |---|---|---|---|---|---|---|---|---|
 ";
 

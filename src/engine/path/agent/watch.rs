@@ -4,6 +4,11 @@ use rand::Rng;
 
 use super::*;
 
+/// Whether anything came by the relay after that, first or as a copy.
+fn is_relayed_since(stamps: &Stamps, since: Now) -> bool {
+    stamps.last_rx_relay.max(stamps.last_copy_relay).is_some_and(|rx| rx > since)
+}
+
 impl PathAgent {
     /// Is there a better path than the one in use?
     pub(super) fn review<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
@@ -60,8 +65,9 @@ impl PathAgent {
                     self.doubt(false, false, now);
                 }
             }
-            // A doubt is settled by an answer to a probe; one of our own also by data that came after it arose.
-            Some(doubt) if heard > doubt.since && !doubt.theirs => {
+            // A doubt is settled by an answer to a probe; one of our own also by data that came after it arose, unless it came
+            // by the relay too: then the peer doubts as well, and what it does not hear is ours.
+            Some(doubt) if heard > doubt.since && !doubt.theirs && !is_relayed_since(&stamps, doubt.since) => {
                 if let Some(c) = &mut self.current {
                     c.doubt = None;
                 }
@@ -126,8 +132,10 @@ impl PathAgent {
             }
         };
         if better {
+            let found = Found { how: self.how(leg), attempt: self.failures };
             self.current =
-                Some(Current { leg, since: cx.now, rtt, last_pong: cx.now, last_probe: cx.now, doubt: None });
+                Some(Current { leg, since: cx.now, rtt, last_pong: cx.now, last_probe: cx.now, doubt: None, found });
+            self.failed = None;
             self.full_size_lost = false;
             self.worked_at = self.failures;
             self.failures = 0;
