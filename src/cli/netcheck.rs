@@ -41,8 +41,12 @@ fn text(report: &Netcheck) -> String {
     let known = |yes: Option<bool>| yes.map_or("unknown", yes_no);
     row("ports", &ports(report.port_model));
     row("hairpin", known(report.hairpin));
-    if report.double_nat == Some(true) {
-        row("NATs", "two, one behind the other");
+    match (report.nat_depth, report.double_nat) {
+        (Some(0), _) => row("NATs", "none"),
+        (Some(1), _) => row("NATs", "one"),
+        (Some(2), _) | (None, Some(true)) => row("NATs", "two, one behind the other"),
+        (Some(more), _) => row("NATs", &format!("{more}, one behind the other")),
+        (None, _) => {}
     }
     row("port mapping", report.port_mapping.as_deref().unwrap_or("none"));
     if let Some(punching) = &report.punching {

@@ -55,6 +55,15 @@ pub struct Args {
     /// Leave the kernel's and the drivers' packet offloads unused, for those that have faults
     #[arg(long)]
     no_offload: bool,
+    /// Sockets to open for a punch through a hard NAT at most, up to 512; 0: never try
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(0..=512))]
+    punch_sockets: Option<u16>,
+    /// Probes a second at most, in all [default: 1000]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(10..=10_000))]
+    punch_rate: Option<u32>,
+    /// Addresses tried a minute at most, each an entry in the router's table [default: 4000]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(50..=60_000))]
+    punch_entries: Option<u32>,
     /// How long to wait until the node is up, such as 30s
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration::parse)]
     timeout: Duration,
@@ -105,6 +114,9 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
             advertise_routes: args.advertise_routes.as_ref().map(|list| list.0.clone()),
             accept_routes: args.accept_routes,
         },
+        punch_sockets: args.punch_sockets,
+        punch_rate: args.punch_rate,
+        punch_entries: args.punch_entries,
     };
     if args.foreground {
         return Ok(daemon::run(options)?);
@@ -210,6 +222,9 @@ mod tests {
             no_offload: false,
             advertise_routes: None,
             accept_routes: None,
+            punch_sockets: None,
+            punch_rate: None,
+            punch_entries: None,
             network_name: None,
             ipv4_range: None,
         }

@@ -284,7 +284,8 @@ impl Api {
             Call::Netcheck { stun } => {
                 let (offered, local) = self.known.get();
                 let servers = if stun.is_empty() { offered } else { netcheck::resolve(&stun).await? };
-                let mut report = netcheck::run(servers, local, &self.control, &self.relay).await;
+                let mut report =
+                    netcheck::run(servers, local, self.known.punch_sockets, &self.control, &self.relay).await;
                 // What strangers' servers say is shown, and not acted upon.
                 let input = stun.is_empty().then(|| Input::NetReport(Box::new(report.clone())));
                 let punching = self

@@ -70,6 +70,15 @@ pub struct Options {
     pub no_offload: bool,
     /// UDP port; 0: the one used last, or a random one.
     pub port: u16,
+    /// Sockets that punches through hard NATs may open; 0: none are made. Absent: as many as are ever of use.
+    #[serde(default)]
+    pub punch_sockets: Option<u16>,
+    /// Probes that punches may send a second. Absent: the usual number.
+    #[serde(default)]
+    pub punch_rate: Option<u32>,
+    /// Addresses that punches may try a minute, each of which is an entry in the NAT's table. Absent: the usual number.
+    #[serde(default)]
+    pub punch_entries: Option<u32>,
     /// Name of the network; only for founding. Absent: `home`.
     pub network_name: Option<String>,
     /// IPv4 range of the network; only for founding. Absent: a random /16 of 100.64.0.0/10 that is free here.

@@ -2,22 +2,28 @@
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
-use std::net::{IpAddr, SocketAddr};
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd as _;
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio::io::ReadBuf;
+use tokio::io::{Interest, ReadBuf};
 use tokio::net::UdpSocket;
+use tokio::time::timeout;
 
 use crate::daemon::control_link::ControlHandle;
 use crate::daemon::relay_thread::RelayHandle;
-use crate::engine::netcheck::{LIMIT, Netcheck, SocketSlot};
-use crate::os::{clock, udp};
+use crate::engine::netcheck::{HOPS, LIMIT, Netcheck, SocketSlot, nat_depth};
+use crate::os::{clock, hops, udp};
 use crate::wire::local;
+use crate::wire::stun::{self, Change, TransactionId};
 
 /// How long to wait for the links' round trips.
 const RTT_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long routers may take to say that a datagram died there.
+const HOP_PATIENCE: Duration = Duration::from_millis(800);
 /// Servers a person may name for one check.
 const MAX_NAMED: usize = 4;
 /// Where STUN servers listen (RFC 8489 section 8.1).
@@ -29,11 +35,18 @@ const DNS_PATIENCE: Duration = Duration::from_secs(3);
 pub(super) async fn run(
     servers: Vec<SocketAddr>,
     local: Vec<IpAddr>,
+    punch_sockets: u16,
     control: &ControlHandle,
     relay: &RelayHandle,
 ) -> local::Netcheck {
-    let (mut report, control_rtt, relay_rtt) =
-        tokio::join!(check(servers, local), control.rtt(RTT_PATIENCE), relay.rtt(RTT_PATIENCE));
+    let server = servers.iter().copied().find(SocketAddr::is_ipv4);
+    let (mut report, nat_depth, control_rtt, relay_rtt) = tokio::join!(
+        check(servers, local, punch_sockets),
+        depth(server),
+        control.rtt(RTT_PATIENCE),
+        relay.rtt(RTT_PATIENCE)
+    );
+    report.nat_depth = nat_depth;
     let millis = |rtt: Duration| (rtt.as_secs_f64() * 1e5).round() / 100.0;
     report.coordinator_rtt_ms = control_rtt.map(millis);
     report.relay_rtt_ms = relay_rtt.map(millis);
@@ -52,7 +65,7 @@ pub(super) async fn resolve(named: &[String]) -> Result<Vec<SocketAddr>, local::
             Err(_) if name.contains(':') => name.clone(),
             Err(_) => format!("{name}:{STUN_PORT}"),
         };
-        let found = match tokio::time::timeout(DNS_PATIENCE, tokio::net::lookup_host(target)).await {
+        let found = match timeout(DNS_PATIENCE, tokio::net::lookup_host(target)).await {
             Ok(Ok(found)) => found.collect::<Vec<_>>(),
             Ok(Err(e)) => return Err(unusable(name, &e.to_string())),
             Err(_) => return Err(unusable(name, "the name server does not answer")),
@@ -70,10 +83,31 @@ fn unusable(name: &str, why: &str) -> local::Problem {
     }
 }
 
-async fn check(servers: Vec<SocketAddr>, local: Vec<IpAddr>) -> local::Netcheck {
+/// How many NATs are in front of this machine, by what the routers on the way to a server answer.
+async fn depth(server: Option<SocketAddr>) -> Option<u8> {
+    let server = server?;
+    let mut hops = [None; HOPS as usize];
+    let [first, second, third, fourth] = &mut hops;
+    let ask = |number: u8| async move { timeout(HOP_PATIENCE, hop(number, server)).await.ok().flatten() };
+    (*first, *second, *third, *fourth) = tokio::join!(ask(1), ask(2), ask(3), ask(4));
+    tracing::debug!(?hops, "routers on the way to the STUN server");
+    nat_depth(&hops)
+}
+
+/// The router at which a datagram with this time to live dies.
+async fn hop(number: u8, server: SocketAddr) -> Option<Ipv4Addr> {
+    let socket = UdpSocket::from_std(hops::dying_at(number).ok()?).ok()?;
+    let question = stun::binding_request(&TransactionId(rand::random()), Change::default());
+    socket.send_to(&question, server).await.ok()?;
+    let told = || hops::died_at(socket.as_fd()).ok_or_else(|| ErrorKind::WouldBlock.into());
+    socket.async_io(Interest::ERROR, told).await.ok()
+}
+
+async fn check(servers: Vec<SocketAddr>, local: Vec<IpAddr>, punch_sockets: u16) -> local::Netcheck {
     let mut sockets = Sockets::default();
     let mut machine = Netcheck::new(servers, rand::random(), clock::now());
     machine.set_local_addresses(local);
+    machine.set_extra_sockets(punch_sockets);
     let deadline = clock::now() + LIMIT + Duration::from_millis(500);
     let mut buffer = [0; 1500];
     loop {

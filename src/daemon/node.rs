@@ -38,7 +38,7 @@ use crate::daemon::worker::{self, Worker};
 use crate::daemon::{Options, UpReport, control_link, problem};
 use crate::engine::drops::Drops;
 use crate::engine::io::{Event, RoutePlan, SocketId};
-use crate::engine::planner::{Config, Limits, Planner, StartError};
+use crate::engine::planner::{Config, Limits, MOST_SOCKETS, Planner, StartError};
 use crate::os::manager::Manager;
 use crate::os::netlink::{Changes, Netlink};
 use crate::os::tun::{Tun, TunError};
@@ -63,6 +63,9 @@ const STATE_EVERY: Duration = Duration::from_secs(10);
 const STATE_AT_LEAST: Duration = Duration::from_secs(600);
 /// A clock this far behind an earlier reading is worth a warning, in seconds.
 const CLOCK_SLACK: u64 = 60;
+
+/// Descriptors left to everything but punches: files, links, callers, a NAT check.
+const OTHER_FILES: u64 = 128;
 
 /// Runs a node until it is told to stop.
 pub(super) async fn run(options: Options, reporter: &mut Reporter) -> Result<(), Problem> {
@@ -161,9 +164,10 @@ impl Node {
         note_conditions(&health, &store, &state, &sockets);
 
         reporter.stage("connecting to the coordinator");
+        let limits = punch_limits(options, &health);
         let change = &options.settings;
         Self::assemble(
-            store, state, membership, tun, sockets, netlink, changes, ranges, health, socket, change, stopper,
+            store, state, membership, tun, sockets, limits, netlink, changes, ranges, health, socket, change, stopper,
         )
     }
 
@@ -174,6 +178,7 @@ impl Node {
         membership: Membership,
         tun: Tun,
         sockets: Arc<UdpSockets>,
+        limits: Limits,
         netlink: Netlink,
         changes: Changes,
         ranges: Vec<IpNet>,
@@ -202,7 +207,7 @@ impl Node {
             last_endpoints: state.endpoints.iter().map(|e| (e.peer, e.address)).collect(),
             seed: rand::random(),
             first_number: wall_micros().max(latest),
-            limits: Limits::default(),
+            limits,
             adverts: state.adverts.clone(),
             routes: settings.wish(),
         };
@@ -293,7 +298,7 @@ impl Node {
         let (_, shadowed) = watch::channel(BTreeMap::new());
         let (offers, offered) = mpsc::channel(1);
         let check = Arc::new(Notify::new());
-        let known = Known::default();
+        let known = Known::new(limits.extra_sockets);
         let wiring = Wiring {
             planner,
             sockets,
@@ -306,6 +311,7 @@ impl Node {
             routes,
             nudge: nudge.clone(),
             drops: Arc::clone(&drops),
+            health: health.clone(),
         };
         let planner_task =
             planner_task::start(wiring, ends, control.clone(), relay.clone()).map_err(|e| thread_problem(&e))?;
@@ -576,6 +582,30 @@ fn note_conditions(health: &Health, store: &Store, state: &State, sockets: &UdpS
     }
     if sockets.descriptor(SocketId::V4).is_none() {
         health.set("no-udp", Severity::Error, "there is no IPv4 socket", "see the log");
+    }
+}
+
+/// How far punches may go here: what was asked for, as far as the system gives the descriptors.
+fn punch_limits(options: &Options, health: &Health) -> Limits {
+    let usual = Limits::default();
+    let wanted = options.punch_sockets.unwrap_or(MOST_SOCKETS).min(MOST_SOCKETS);
+    let files = process::raise_descriptor_limit().unwrap_or_else(|e| {
+        tracing::warn!(error = %e, "the limit of open files cannot be raised");
+        process::descriptor_limit().unwrap_or(0)
+    });
+    let extra_sockets = wanted.min(u16::try_from(files.saturating_sub(OTHER_FILES)).unwrap_or(u16::MAX));
+    if extra_sockets < wanted {
+        let text = format!(
+            "punches through hard NATs may open {extra_sockets} sockets instead of {wanted}: \
+             this process may have {files} files open"
+        );
+        health.set("sockets-few", Severity::Info, text, planner_task::SOCKETS_HINT);
+    }
+    Limits {
+        extra_sockets,
+        probes_per_second: options.punch_rate.unwrap_or(usual.probes_per_second),
+        entries_per_minute: options.punch_entries.unwrap_or(usual.entries_per_minute),
+        ..usual
     }
 }
 

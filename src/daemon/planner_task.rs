@@ -12,11 +12,13 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
 
 use crate::daemon::control_link::ControlHandle;
+use crate::daemon::health::Health;
 use crate::daemon::relay_thread::RelayHandle;
 use crate::engine::drops::{Drop, Drops};
-use crate::engine::io::{Event, Input, Notice, Output, Path, RoutePlan, Update, Via};
+use crate::engine::io::{Event, Input, Notice, Output, Path, RoutePlan, SocketId, Update, Via};
 use crate::engine::planner::Planner;
 use crate::os::clock::{self, Alarm};
+use crate::os::extra::Opened;
 use crate::os::udp::{SendError, UdpSockets};
 use crate::os::wake::Wake;
 use crate::time::Now;
@@ -24,7 +26,7 @@ use crate::trust::advert::SignedAdvert;
 use crate::trust::record::SignedRecord;
 use crate::wire::control::StunServer;
 use crate::wire::keys::{IdentityKey, WgKey};
-use crate::wire::local::Problem;
+use crate::wire::local::{Problem, Severity};
 
 use super::problem;
 
@@ -40,6 +42,9 @@ pub(super) const UPDATES: usize = 1_024;
 const ASKS: usize = 64;
 /// Events a watcher may lag behind before it misses some.
 const EVENTS: usize = 1_024;
+/// What to do where the system gives too few sockets.
+pub(super) const SOCKETS_HINT: &str =
+    "let the daemon open more files (`LimitNOFILE=` of its unit, `ulimit -n`), or give fewer with `--punch-sockets`";
 /// The two clocks may differ by this much before the machine counts as having slept.
 const SLEPT: Duration = Duration::from_secs(5);
 
@@ -121,6 +126,7 @@ pub(super) struct Wiring {
     pub(super) routes: watch::Sender<RoutePlan>,
     pub(super) nudge: Vec<Arc<Notify>>,
     pub(super) drops: Arc<Drops>,
+    pub(super) health: Health,
 }
 
 /// Handles made before the links are, because the links need one end of them.
@@ -198,6 +204,10 @@ impl Driver {
             match output {
                 Output::Update(update) => {
                     updated = true;
+                    if let Update::Path { path: Path::Direct { socket, .. } | Path::Both { socket, .. }, .. } = &update
+                    {
+                        self.w.sockets.extra().carries_data(*socket);
+                    }
                     match self.w.updates.try_send(update) {
                         Ok(()) => {}
                         Err(TrySendError::Full(update)) => {
@@ -211,8 +221,9 @@ impl Driver {
                     }
                 }
                 Output::Send { via, bytes } => self.send(via, bytes),
-                // Never asked for: `planner::Limits` says that this shell has neither.
-                Output::Prime { .. } | Output::OpenSockets(_) | Output::CloseSockets(_) => {}
+                Output::Prime { via, bytes, ttl } => self.prime(via, &bytes, ttl),
+                Output::OpenSockets(sockets) => self.open(&sockets),
+                Output::CloseSockets(sockets) => self.w.sockets.extra().close(&sockets),
                 Output::Control(message) => self.control.send(message),
                 Output::Persist(records) => {
                     self.w.store.records.lock().extend(records);
@@ -244,17 +255,44 @@ impl Driver {
     fn send(&mut self, via: Via, bytes: Vec<u8>) {
         match via {
             Via::Relay { peer } => self.relay.urgent(peer, bytes),
-            Via::Udp { socket, remote } => match self.w.sockets.send(socket, &remote, &bytes) {
-                Ok(()) => {}
-                Err(SendError::Unreachable) => {
-                    self.w.drops.count(Drop::SendFailed);
-                    self.w.planner.handle(Input::SendFailed(via), clock::now());
-                }
-                Err(SendError::Full | SendError::TooBig | SendError::Refused(_)) => {
-                    self.w.drops.count(Drop::SendFailed);
-                }
-            },
+            Via::Udp { socket, remote } => {
+                let sent = self.w.sockets.send(socket, &remote, &bytes);
+                self.note_sent(via, sent);
+            }
         }
+    }
+
+    fn prime(&mut self, via: Via, bytes: &[u8], ttl: u8) {
+        // Nothing dies on the way through the relay.
+        let Via::Udp { socket, remote } = via else { return };
+        let sent = self.w.sockets.send_dying(socket, &remote, bytes, ttl);
+        self.note_sent(via, sent);
+    }
+
+    fn note_sent(&mut self, via: Via, sent: Result<(), SendError>) {
+        match sent {
+            Ok(()) => {}
+            Err(SendError::Unreachable) => {
+                self.w.drops.count(Drop::SendFailed);
+                self.w.planner.handle(Input::SendFailed(via), clock::now());
+            }
+            Err(SendError::Full | SendError::TooBig | SendError::Refused(_)) => {
+                self.w.drops.count(Drop::SendFailed);
+            }
+        }
+    }
+
+    /// Opens sockets for a punch, as many as the system gives.
+    fn open(&mut self, wanted: &[SocketId]) {
+        let Opened { sockets, error } = self.w.sockets.extra().open(wanted);
+        match error {
+            Some(error) => {
+                let text = format!("a punch wanted {} more sockets and got {}: {error}", wanted.len(), sockets.len());
+                self.w.health.set("sockets-short", Severity::Warning, text, SOCKETS_HINT);
+            }
+            None => self.w.health.clear("sockets-short"),
+        }
+        self.w.planner.handle(Input::SocketsOpened(sockets), clock::now());
     }
 
     fn tell(&self, event: Event) {

@@ -29,12 +29,21 @@ const CHECK_EVERY: Duration = Duration::from_secs(20);
 
 /// What a NAT check needs to know. Clones are the same.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Known(Arc<Mutex<(Vec<SocketAddr>, Vec<IpAddr>)>>);
+pub(super) struct Known {
+    around: Arc<Mutex<(Vec<SocketAddr>, Vec<IpAddr>)>>,
+    /// Sockets that punches may open.
+    pub(super) punch_sockets: u16,
+}
 
 impl Known {
+    /// Nothing yet, but how many sockets punches may open.
+    pub(super) fn new(punch_sockets: u16) -> Self {
+        Self { punch_sockets, ..Self::default() }
+    }
+
     /// STUN servers and local addresses.
     pub(super) fn get(&self) -> (Vec<SocketAddr>, Vec<IpAddr>) {
-        self.0.lock().clone()
+        self.around.lock().clone()
     }
 }
 
@@ -73,7 +82,7 @@ impl NetworkWatch {
                     let seen = (addresses, ways);
                     if last.as_ref() != Some(&seen) {
                         let (addresses, _) = &seen;
-                        self.known.0.lock().1 = addresses.iter().map(|a| a.ip).collect();
+                        self.known.around.lock().1 = addresses.iter().map(|a| a.ip).collect();
                         let input = match &last {
                             Some((before, _)) if before == addresses => Input::NetworkChanged,
                             _ => Input::Addresses(addresses.clone()),
@@ -145,7 +154,7 @@ pub(super) async fn resolve(
             found.truncate(MAX_SERVERS);
             if !found.is_empty() || offer.is_empty() {
                 if found != last {
-                    known.0.lock().0.clone_from(&found);
+                    known.around.lock().0.clone_from(&found);
                     check.notify_one();
                     last.clone_from(&found);
                 }
@@ -186,7 +195,7 @@ pub(super) async fn check_nat(
             continue;
         }
         last = Some(clock::now());
-        let report = netcheck::run(servers, local, &control, &relay).await;
+        let report = netcheck::run(servers, local, known.punch_sockets, &control, &relay).await;
         if inputs.send(Input::NetReport(Box::new(report))).await.is_err() {
             return;
         }

@@ -72,12 +72,14 @@ struct Ready {
     tun: [bool; QUEUES],
     v4: bool,
     v6: bool,
+    extra: bool,
 }
 
 /// What the kernel is to tell of: the numbers it tells by are those of the TUN queues, and these.
 const WAKE: u64 = 100;
 const V4: u64 = 101;
 const V6: u64 = 102;
+const EXTRA: u64 = 103;
 
 impl Worker {
     fn run(mut self) -> io::Result<()> {
@@ -86,6 +88,7 @@ impl Worker {
         let mut from_udp = Trains::default();
         let mut from_relay = Vec::with_capacity(BATCH);
         let mut origins = Vec::new();
+        let mut readable = Vec::new();
         loop {
             let heard = self.outbox.retry_notices();
             // A full batch from the relay may have left more behind, which nothing would wake us for.
@@ -105,16 +108,15 @@ impl Worker {
             if !self.take_updates(now) {
                 return Ok(());
             }
-            for (socket, readable) in [(SocketId::V4, ready.v4), (SocketId::V6, ready.v6)] {
-                if readable {
-                    self.sockets.receive(socket, &mut from_udp);
-                    now = clock::now();
-                    // Whatever the planner let the sender know it told us before.
-                    if !self.take_updates(now) {
-                        return Ok(());
-                    }
-                    self.carry_in(socket, &from_udp, &mut origins, now);
+            self.list_readable(&ready, &mut readable);
+            for socket in readable.drain(..) {
+                self.sockets.receive(socket, &mut from_udp);
+                now = clock::now();
+                // Whatever the planner let the sender know it told us before.
+                if !self.take_updates(now) {
+                    return Ok(());
                 }
+                self.carry_in(socket, &from_udp, &mut origins, now);
             }
             for relayed in &from_relay {
                 self.inbound.handle_datagram(&Via::Relay { peer: relayed.peer }, &relayed.bytes, now, &mut self.outbox);
@@ -153,11 +155,12 @@ impl Worker {
                 poll.add(socket, readable(number))?;
             }
         }
+        poll.add(self.sockets.extra().descriptor(), readable(EXTRA))?;
         Ok(poll)
     }
 
     fn wait(&self, poll: &Epoll, patience: EpollTimeout) -> io::Result<Ready> {
-        let mut events = [EpollEvent::empty(); QUEUES + 3];
+        let mut events = [EpollEvent::empty(); QUEUES + 4];
         let count = match poll.wait(&mut events, patience) {
             Ok(count) => count,
             Err(Errno::EINTR) => 0,
@@ -170,6 +173,7 @@ impl Worker {
                 WAKE => self.wake.silence(),
                 V4 => ready.v4 = true,
                 V6 => ready.v6 = true,
+                EXTRA => ready.extra = true,
                 queue => {
                     let queue = usize::try_from(queue).ok().and_then(|queue| ready.tun.get_mut(queue));
                     queue.into_iter().for_each(|ready| *ready = true);
@@ -177,6 +181,14 @@ impl Worker {
             }
         }
         Ok(ready)
+    }
+
+    fn list_readable(&self, ready: &Ready, into: &mut Vec<SocketId>) {
+        into.extend(ready.v4.then_some(SocketId::V4));
+        into.extend(ready.v6.then_some(SocketId::V6));
+        if ready.extra {
+            self.sockets.extra().ready(into);
+        }
     }
 
     /// False: the planner is gone.

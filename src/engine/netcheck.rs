@@ -13,7 +13,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
@@ -71,6 +71,23 @@ impl SocketSlot {
     const fn filtering(server: &SocketAddr) -> Self {
         if server.is_ipv4() { Self::FilteringV4 } else { Self::FilteringV6 }
     }
+}
+
+/// Routers asked for [`nat_depth`].
+pub const HOPS: u8 = 4;
+
+/// How many of the routers next to this machine are NATs, if `hops` are the addresses under which they answer, the nearest
+/// first: all up to the first with a public address. None: one of them is silent, so that there is no saying.
+#[must_use]
+pub fn nat_depth(hops: &[Option<Ipv4Addr>]) -> Option<u8> {
+    let inside = |ip: &Ipv4Addr| ip.is_private() || is_shared(ip);
+    let private = hops.iter().take_while(|hop| hop.as_ref().is_some_and(inside)).count();
+    hops.get(private)?.and(u8::try_from(private).ok())
+}
+
+/// RFC 6598: between a carrier and its customers.
+const fn is_shared(ip: &Ipv4Addr) -> bool {
+    ip.octets()[0] == 100 && ip.octets()[1] & 0xc0 == 64
 }
 
 /// RFC 4787's three behaviours, for mapping (section 4.1) and filtering (section 5) alike.
@@ -345,6 +362,7 @@ impl Netcheck {
             port_model,
             hairpin: self.hairpin.as_ref().map(|h| h.seen),
             double_nat: self.double_nat(&reflexive),
+            nat_depth: None,
             port_mapping: None,
             punching: None,
             ipv6,
@@ -782,6 +800,17 @@ mod tests {
         assert!(meaning(8, PortModel::Random).contains("only with peers whose NAT is easier"));
         assert!(meaning(256, PortModel::Random).contains("drawn at random"));
         assert!(meaning(32, PortModel::Block { low: 1, high: 9 }).contains("small block"));
+    }
+
+    #[test]
+    fn nats_are_counted_up_to_the_first_public_router() {
+        let depth = |hops: &[&str]| nat_depth(&hops.iter().map(|hop| hop.parse().ok()).collect::<Vec<_>>());
+        assert_eq!(depth(&["192.168.1.1", "203.0.113.1", "10.0.0.1", ""]), Some(1));
+        assert_eq!(depth(&["192.168.1.1", "100.64.0.1", "203.0.113.1"]), Some(2));
+        assert_eq!(depth(&["203.0.113.1"]), Some(0));
+        for silent in [&["192.168.1.1", "", "203.0.113.1"][..], &["", "203.0.113.1"], &["10.0.0.1", "10.0.0.2"], &[]] {
+            assert_eq!(depth(silent), None, "{silent:?}");
+        }
     }
 
     #[test]

@@ -8,6 +8,8 @@
 #![allow(clippy::wildcard_enum_match_arm)]
 
 pub mod clock;
+pub mod extra;
+pub mod hops;
 pub mod lock;
 pub mod manager;
 pub mod netlink;

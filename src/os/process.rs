@@ -58,6 +58,14 @@ pub fn raise_descriptor_limit() -> io::Result<u64> {
     Ok(hard)
 }
 
+/// How many descriptors this process may open.
+///
+/// # Errors
+/// The system does not say.
+pub fn descriptor_limit() -> io::Result<u64> {
+    Ok(getrlimit(Resource::RLIMIT_NOFILE)?.0)
+}
+
 /// The machine's host name, as the kernel has it.
 #[must_use]
 pub fn host_name() -> String {

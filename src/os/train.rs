@@ -153,6 +153,11 @@ impl Receiver {
         Ok(())
     }
 
+    /// Forgets what came.
+    pub const fn clear(&mut self) {
+        self.filled = 0;
+    }
+
     /// True if the call filled every place, so that more may wait.
     #[must_use]
     pub const fn is_full(&self) -> bool {
@@ -246,6 +251,25 @@ pub fn send(
     pieces: &[IoSlice<'_>],
     size: Option<u16>,
 ) -> nix::Result<()> {
+    send_with(socket, to, pieces, &Extras { ecn, size, ttl: None })
+}
+
+/// Sends one datagram that dies after `ttl` routers (IPv4 time to live, IPv6 hop limit). The socket's others are not affected.
+///
+/// # Errors
+/// As of `sendmsg`. EINVAL: `ttl` is 0.
+pub fn send_dying(socket: BorrowedFd<'_>, to: &SocketAddr, bytes: &[u8], ttl: u8) -> nix::Result<()> {
+    send_with(socket, to, &[IoSlice::new(bytes)], &Extras { ecn: 0, size: None, ttl: Some(ttl) })
+}
+
+/// What the kernel is told about a datagram or a train.
+struct Extras {
+    ecn: u8,
+    size: Option<u16>,
+    ttl: Option<u8>,
+}
+
+fn send_with(socket: BorrowedFd<'_>, to: &SocketAddr, pieces: &[IoSlice<'_>], extras: &Extras) -> nix::Result<()> {
     let to = SockAddr::from(*to);
     let mut control = Control([0; CONTROL]);
     #[expect(unsafe_code, reason = "C structures without invalid values")]
@@ -262,8 +286,8 @@ pub fn send(
     {
         let mut tell = |level, kind, data: &[u8]| {
             #[expect(unsafe_code, reason = "the kernel's list is written by the C library's own rules")]
-            // SAFETY: at most two messages of at most four bytes are written, which `CONTROL` has room for at the kernel's
-            // alignment (2 × 24 bytes), and `used` is where the one before ended. `CMSG_DATA` is where the length says.
+            // SAFETY: at most three messages of at most four bytes are written, which `CONTROL` has room for at the kernel's
+            // alignment (3 × 24 bytes), and `used` is where the one before ended. `CMSG_DATA` is where the length says.
             unsafe {
                 let message: *mut libc::cmsghdr = control.0.as_mut_ptr().add(used).cast();
                 (*message).cmsg_level = level;
@@ -273,16 +297,18 @@ pub fn send(
                 used += libc::CMSG_SPACE(data.len() as libc::c_uint) as usize;
             }
         };
-        if let Some(size) = size {
+        if let Some(size) = extras.size {
             tell(libc::SOL_UDP, libc::UDP_SEGMENT, &size.to_ne_bytes());
         }
-        if ecn != 0 {
-            let ecn = libc::c_int::from(ecn).to_ne_bytes();
-            if to.is_ipv6() {
-                tell(libc::IPPROTO_IPV6, libc::IPV6_TCLASS, &ecn);
-            } else {
-                tell(libc::IPPROTO_IP, libc::IP_TOS, &ecn);
-            }
+        let mut tell_ip = |v4, v6, value: u8| {
+            let value = libc::c_int::from(value).to_ne_bytes();
+            if to.is_ipv6() { tell(libc::IPPROTO_IPV6, v6, &value) } else { tell(libc::IPPROTO_IP, v4, &value) }
+        };
+        if extras.ecn != 0 {
+            tell_ip(libc::IP_TOS, libc::IPV6_TCLASS, extras.ecn);
+        }
+        if let Some(ttl) = extras.ttl {
+            tell_ip(libc::IP_TTL, libc::IPV6_HOPLIMIT, ttl);
         }
     }
     header.msg_controllen = used as _;
@@ -385,6 +411,41 @@ mod tests {
         // More than a train holds.
         let pieces = [IoSlice::new(&bytes[..MAX_BYTES])];
         assert!(send(a.as_fd(), &b.local_addr().unwrap(), 0, &pieces, Some(100)).is_err());
+    }
+
+    #[test]
+    fn one_datagram_has_a_time_to_live_of_its_own() {
+        for v6 in [false, true] {
+            let (Some((a, _)), Some((b, _))) = (open(v6), open(v6)) else {
+                eprintln!("SKIPPED: no address of this family here");
+                continue;
+            };
+            let to = b.local_addr().unwrap();
+            if v6 {
+                setsockopt(&b, sockopt::Ipv6RecvHopLimit, &true).unwrap();
+            } else {
+                setsockopt(&b, sockopt::Ipv4RecvTtl, &true).unwrap();
+            }
+            let hops = |socket: &UdpSocket| {
+                use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+                wait(socket);
+                let (mut bytes, mut control) = ([0; 16], nix::cmsg_space!([libc::c_int; 16]));
+                let mut into = [io::IoSliceMut::new(&mut bytes)];
+                let got = recvmsg::<()>(socket.as_raw_fd(), &mut into, Some(&mut control), MsgFlags::empty()).unwrap();
+                let told = got.cmsgs().unwrap().find_map(|message| match message {
+                    ControlMessageOwned::Ipv4Ttl(hops) | ControlMessageOwned::Ipv6HopLimit(hops) => Some(hops),
+                    _ => None,
+                });
+                told.unwrap()
+            };
+            send_dying(a.as_fd(), &to, b"dies", 3).unwrap();
+            assert_eq!(hops(&b), 3);
+            send(a.as_fd(), &to, 0, &[IoSlice::new(b"lives")], None).unwrap();
+            assert!(hops(&b) > 3);
+            if !v6 {
+                assert_eq!(send_dying(a.as_fd(), &to, b"dead", 0), Err(Errno::EINVAL));
+            }
+        }
     }
 
     #[test]

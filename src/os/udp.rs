@@ -1,4 +1,4 @@
-//! The node's UDP sockets: one for each address family, on the same port.
+//! The node's UDP sockets: one for each address family, on the same port, and others for a while.
 
 use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
@@ -12,6 +12,7 @@ use rand::{Rng, RngExt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::engine::io::SocketId;
+use crate::os::extra::ExtraSockets;
 use crate::os::train::{self, Receiver};
 use crate::time::Now;
 
@@ -30,11 +31,12 @@ const REFUSALS: usize = 64;
 /// Pieces of memory that one train may be put together from.
 pub const PIECES: usize = train::MAX_DATAGRAMS;
 
-/// Both sockets. The IPv6 one is missing on a machine without IPv6.
+/// Both sockets, and those opened besides. The IPv6 one is missing on a machine without IPv6.
 #[derive(Debug)]
 pub struct UdpSockets {
     v4: UdpSocket,
     v6: Option<UdpSocket>,
+    extra: ExtraSockets,
     port: u16,
     trains: bool,
     without_v6: Option<io::Error>,
@@ -120,11 +122,13 @@ impl UdpSockets {
     fn bind_both(port: u16, trains: bool) -> io::Result<Self> {
         let v4 = open_for_data(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port).into(), trains)?;
         let port = v4.local_addr()?.port();
-        match open_for_data(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0).into(), trains) {
-            Ok(v6) => Ok(Self { v4, v6: Some(v6), port, trains, without_v6: None }),
-            Err(e) if no_such_family(&e) => Ok(Self { v4, v6: None, port, trains, without_v6: Some(e) }),
-            Err(e) => Err(e),
-        }
+        let (v6, without_v6) = match open_for_data(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0).into(), trains)
+        {
+            Ok(v6) => (Some(v6), None),
+            Err(e) if no_such_family(&e) => (None, Some(e)),
+            Err(e) => return Err(e),
+        };
+        Ok(Self { v4, v6, extra: ExtraSockets::new(trains)?, port, trains, without_v6 })
     }
 
     /// The port of both sockets.
@@ -139,20 +143,34 @@ impl UdpSockets {
         self.without_v6.as_ref()
     }
 
-    /// A socket's descriptor, to poll it.
+    /// The descriptor of one of the two main sockets, to poll it.
     #[must_use]
     pub fn descriptor(&self, socket: SocketId) -> Option<BorrowedFd<'_>> {
-        self.get(socket).map(AsFd::as_fd)
+        match socket {
+            SocketId::V4 => Some(self.v4.as_fd()),
+            SocketId::V6 => self.v6.as_ref().map(AsFd::as_fd),
+            _ => None,
+        }
     }
 
-    fn get(&self, socket: SocketId) -> Option<&UdpSocket> {
-        if socket == SocketId::V4 { Some(&self.v4) } else { self.v6.as_ref() }
+    /// The sockets besides the two main ones.
+    #[must_use]
+    pub const fn extra(&self) -> &ExtraSockets {
+        &self.extra
+    }
+
+    /// Does something with a socket, if it is open.
+    fn with<R>(&self, socket: SocketId, work: impl FnOnce(BorrowedFd<'_>) -> R) -> Option<R> {
+        if let SocketId::V4 | SocketId::V6 = socket {
+            return self.descriptor(socket).map(work);
+        }
+        self.extra.get(socket).map(|udp| work(udp.as_fd()))
     }
 
     /// Receives what is there in one call, in the place of what `into` held.
     pub fn receive(&self, socket: SocketId, into: &mut Receiver) {
-        if let Some(udp) = self.get(socket) {
-            into.receive(udp.as_fd());
+        if self.with(socket, |udp| into.receive(udp)).is_none() {
+            into.clear();
         }
     }
 
@@ -172,20 +190,32 @@ impl UdpSockets {
         pieces: &[IoSlice<'_>],
         size: Option<u16>,
     ) -> Result<(), Errno> {
-        let udp = self.get(socket).ok_or(Errno::EAFNOSUPPORT)?;
-        let mut patience = true;
-        loop {
-            match train::send(udp.as_fd(), remote, ecn, pieces, size) {
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN | Errno::ENOBUFS) if patience => {
-                    patience = false;
-                    let mut wait = [PollFd::new(udp.as_fd(), PollFlags::POLLOUT)];
-                    // Whatever it says, the send is tried once more.
-                    let _ = poll(&mut wait, PollTimeout::from(SEND_PATIENCE_MS));
+        let send = |udp: BorrowedFd<'_>| {
+            let mut patience = true;
+            loop {
+                match train::send(udp, remote, ecn, pieces, size) {
+                    Err(Errno::EINTR) => {}
+                    Err(Errno::EAGAIN | Errno::ENOBUFS) if patience => {
+                        patience = false;
+                        let mut wait = [PollFd::new(udp, PollFlags::POLLOUT)];
+                        // Whatever it says, the send is tried once more.
+                        let _ = poll(&mut wait, PollTimeout::from(SEND_PATIENCE_MS));
+                    }
+                    done => return done,
                 }
-                done => return done,
             }
-        }
+        };
+        // One that is missing, or closed meanwhile, reaches nobody.
+        self.with(socket, send).unwrap_or(Err(Errno::EAFNOSUPPORT))
+    }
+
+    /// Sends one datagram that dies after `ttl` routers; see [`train::send_dying`].
+    ///
+    /// # Errors
+    /// [`SendError`]; the socket stays usable.
+    pub fn send_dying(&self, socket: SocketId, remote: &SocketAddr, bytes: &[u8], ttl: u8) -> Result<(), SendError> {
+        let sent = self.with(socket, |udp| train::send_dying(udp, remote, bytes, ttl));
+        sent.unwrap_or(Err(Errno::EAFNOSUPPORT)).map_err(SendError::of)
     }
 }
 
@@ -307,13 +337,13 @@ fn open(local: SocketAddr) -> io::Result<Socket> {
 
 /// A larger buffer survives a longer pause of the data thread. Best effort: the plain option is capped by the system's
 /// limit, the forcing one needs `CAP_NET_ADMIN` in the first user namespace.
-fn enlarge_buffers(socket: &Socket) {
+pub(super) fn enlarge_buffers(socket: &impl AsFd) {
     use nix::sys::socket::{setsockopt, sockopt};
     if setsockopt(socket, sockopt::RcvBufForce, &BUFFER).is_err() {
-        let _ = socket.set_recv_buffer_size(BUFFER);
+        let _ = setsockopt(socket, sockopt::RcvBuf, &BUFFER);
     }
     if setsockopt(socket, sockopt::SndBufForce, &BUFFER).is_err() {
-        let _ = socket.set_send_buffer_size(BUFFER);
+        let _ = setsockopt(socket, sockopt::SndBuf, &BUFFER);
     }
 }
 

@@ -435,6 +435,9 @@ pub struct Netcheck {
     /// There is a second NAT behind the first; null: not known.
     #[serde(default)]
     pub double_nat: Option<bool>,
+    /// NATs between this machine and the internet, as its routers answer; null: they do not, or there is no saying.
+    #[serde(default)]
+    pub nat_depth: Option<u8>,
     /// Port mapping protocol found, or null.
     pub port_mapping: Option<String>,
     /// IPv6 reaches a STUN server and comes back.

@@ -185,6 +185,7 @@ fn netcheck_document() {
         port_model: Some(PortModel::Preserving),
         hairpin: Some(false),
         double_nat: None,
+        nat_depth: Some(1),
         port_mapping: None,
         ipv6: false,
         servers: vec![

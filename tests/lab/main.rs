@@ -25,6 +25,7 @@
 
 mod cases;
 mod flow;
+mod nats;
 mod net;
 mod packets;
 mod runner;

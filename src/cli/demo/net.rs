@@ -272,6 +272,14 @@ impl Segment {
     /// # Errors
     /// If it cannot be made.
     pub fn router(&self, name: &str, number: u8, nat: Nat) -> Result<Router> {
+        self.router_with(name, number, &nat.rules())
+    }
+
+    /// The same with other nftables rules; its interfaces are `wan` and `lan`.
+    ///
+    /// # Errors
+    /// If it cannot be made.
+    pub fn router_with(&self, name: &str, number: u8, rules: &str) -> Result<Router> {
         let namespace = Namespace::new(name)?;
         self.plug(&namespace, "wan")?;
         self.number(&namespace, "wan", number)?;
@@ -281,7 +289,7 @@ impl Segment {
         let lan = Self::bridge(namespace.clone(), "lan", v4, v6, Some(1))?;
         namespace.ip(&format!("addr add {}/24 dev lan", lan.v4(1)))?;
         namespace.ip(&format!("addr add {}/64 dev lan nodad", lan.v6(1)))?;
-        namespace.nft(&nat.rules())?;
+        namespace.nft(rules)?;
         Ok(Router { namespace, lan })
     }
 }

@@ -14,8 +14,8 @@ pub struct Limits {
     /// Sockets the shell can serve besides the two that carry data by default; at most [`MOST_SOCKETS`] are used. 0: punches
     /// that need several are never chosen.
     pub extra_sockets: u16,
-    /// The time to live that gets a datagram through the NATs here but no further: their number plus one. None: the shell
-    /// cannot set it ([`crate::engine::io::Output::Prime`] never comes).
+    /// The time to live that gets a datagram through the NATs here but no further: their number plus one, as long as no NAT
+    /// check tells that number. None: it is not known ([`crate::engine::io::Output::Prime`] does not come).
     pub prime_ttl: Option<u8>,
     /// Probes a second, in all.
     pub probes_per_second: u32,
@@ -47,6 +47,8 @@ impl Default for Limits {
 #[derive(Debug)]
 pub(super) struct Politeness {
     pub(super) limits: Limits,
+    /// As it was set, before any NAT check.
+    usual_ttl: Option<u8>,
     /// In millionths.
     tokens: u64,
     refilled: Now,
@@ -71,6 +73,7 @@ impl Politeness {
         let tokens = u64::from(BURST) * TOKEN;
         Self {
             limits,
+            usual_ttl: limits.prime_ttl,
             tokens,
             refilled: now,
             entries: BTreeMap::new(),
@@ -78,6 +81,11 @@ impl Politeness {
             strangers: BTreeMap::new(),
             probes: 0,
         }
+    }
+
+    /// A NAT check told how many NATs there are here.
+    pub(super) fn nat_depth(&mut self, depth: Option<u8>) {
+        self.limits.prime_ttl = depth.map(|nats| nats.saturating_add(1)).or(self.usual_ttl);
     }
 
     /// How many probes may go out now.

@@ -47,6 +47,7 @@ impl Planner {
     }
 
     pub(super) fn net_report(&mut self, report: Box<Netcheck>) {
+        self.politeness.nat_depth(report.nat_depth);
         self.report = Some(report);
         self.refresh_nat_view();
     }

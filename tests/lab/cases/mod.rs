@@ -4,6 +4,7 @@ mod coordinator;
 mod cost;
 mod daemon;
 mod demonstration;
+mod hard;
 mod healing;
 mod interop;
 mod join;
@@ -22,6 +23,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(paths::cases());
     cases.extend(healing::cases());
     cases.extend(relay::cases());
+    cases.extend(hard::cases());
     cases.extend(daemon::cases());
     cases.extend(coordinator::cases());
     cases.extend(secrecy::cases());

@@ -1,0 +1,247 @@
+//! Pairs of NATs by the kernel: how long it takes until both sides send directly, and how many packets.
+
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use meshd::cli::demo::net::Router;
+use meshd::wire::local::{PathKind, Punching};
+
+use crate::nats::{self, Foreign};
+use crate::packets::delay;
+use crate::runner::{Case, case};
+use crate::world::{Icmp, Node, World, ensure, eventually, let_pass, until, wait_for_peers};
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("hard::endpoint_independent_to_the_same", || row("eim+apdf", "linux", 0, Bar::ms(150))),
+        case("hard::full_cone_to_symmetric", || row("eim+eif", "apdm+apdf", 0, Bar::ms(100))),
+        case("hard::address_restricted_to_symmetric", || row("eim+adf", "linux+random", 0, Bar::ms(200))),
+        case("hard::routers_without_a_firewall", || row("linux+open", "linux+open", 0, Bar::ms(300))),
+        case("hard::sequential_to_port_restricted", || {
+            row("apdm+apdf+seq", "linux", 200, Bar { packets: Some(150), ..Bar::ms(500) })
+        }),
+        case("hard::sequential_to_sequential", || {
+            row("apdm+apdf+seq", "apdm+apdf+seq", 200, Bar { packets: Some(300), ..Bar::ms(1_000) })
+        }),
+        case("hard::random_to_port_restricted", || {
+            row("linux+random", "linux", 0, Bar { packets: Some(2_600), ..Bar::ms(2_000) })
+        }),
+        case("hard::block_to_port_restricted", || row("linux+block512", "linux", 0, Bar::ms(500))),
+        case("hard::block_to_block", || {
+            row("linux+block512", "linux+block512", 0, Bar { packets_a_side: Some(2_000), ..Bar::ms(2_000) })
+        }),
+        case("hard::random_by_address_to_random", || row("apdm+adf", "linux+random", 0, Bar::ms(2_000))),
+        case("hard::random_to_random_is_relayed_without_a_storm", hopeless),
+    ]
+}
+
+/// Pairs of one row.
+const PAIRS: u8 = 5;
+/// What is not direct by then is not.
+const PATIENCE: Duration = Duration::from_secs(12);
+
+/// What is promised of a row; all pairs must be direct in the end, and four of five in time.
+#[derive(Clone, Copy)]
+struct Bar {
+    time: Duration,
+    /// Of both sides together.
+    packets: Option<u64>,
+    packets_a_side: Option<u64>,
+}
+
+impl Bar {
+    const fn ms(ms: u64) -> Self {
+        Self { time: Duration::from_millis(ms), packets: None, packets_a_side: None }
+    }
+}
+
+/// Two machines that have not met.
+struct Pair {
+    nodes: [Node; 2],
+    routers: [Router; 2],
+}
+
+/// ```text
+///              coordinator .10/.11
+///                   │ 5 ms
+///  ─────────────────┴──── internet, routed ──
+///     │ 10 ms                 │ 10 ms
+///  [NAT .21 … .25]        [NAT .41 … .45]
+///     a1 … a5                 b1 … b5
+/// ```
+///
+/// One way: a to b 20 ms, relayed 30 ms.
+fn pairs(left: &str, right: &str) -> Result<(World, Vec<Pair>)> {
+    let world = World::new()?;
+    nats::routed(&world.internet)?;
+    delay(&world.internet, "coord", Duration::from_millis(5))?;
+    let mut pairs = Vec::new();
+    for n in 1..=PAIRS {
+        let site = |side: &str, number: u8, kind: &str| -> Result<(Node, Router)> {
+            let name = format!("r{side}{n}");
+            let router = nats::router(&world.internet, &name, number, kind)?;
+            delay(&world.internet, &name, Duration::from_millis(10))?;
+            let name = format!("{side}{n}");
+            Ok((Node::new(&name, router.lan.host(&name, 2)?), router))
+        };
+        let ((a, ra), (b, rb)) = (site("a", 20 + n, left)?, site("b", 40 + n, right)?);
+        pairs.push(Pair { nodes: [a, b], routers: [ra, rb] });
+    }
+    Ok((world, pairs))
+}
+
+/// Brings all of them up in one network, and waits until each has looked at its NAT.
+fn join(world: &World, pairs: &[Pair]) -> Result<()> {
+    let nodes: Vec<&Node> = pairs.iter().flat_map(|pair| &pair.nodes).collect();
+    let (first, others) = nodes.split_first().expect("a row has pairs");
+    first.up(&world.coordinator.claim()?)?;
+    let invites: Vec<String> = others.iter().map(|_| first.invite()).collect::<Result<_>>()?;
+    std::thread::scope(|scope| {
+        let joining: Vec<_> =
+            others.iter().zip(&invites).map(|(node, invite)| scope.spawn(|| node.up(invite))).collect();
+        joining
+            .into_iter()
+            .try_for_each(|node| node.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?.map(drop))
+    })?;
+    for node in &nodes {
+        wait_for_peers(node, others.len())?;
+        until(&format!("{} knows its NAT", node.name), Duration::from_secs(20), || {
+            let nat = node.status()?.nat;
+            let is_hard = nat.mapping.as_deref().is_some_and(|m| m != "endpoint-independent");
+            Ok((nat.filtering.is_some() && (!is_hard || nat.port_model.is_some())).then_some(()))
+        })?;
+    }
+    Ok(())
+}
+
+fn punching(node: &Node) -> Result<Punching> {
+    Ok(node.status()?.nat.punching.unwrap_or_default())
+}
+
+/// How one pair met.
+#[derive(Debug, Clone, Copy)]
+struct Met {
+    after: Option<Duration>,
+    /// Of each side, until then.
+    packets: [u64; 2],
+}
+
+impl Pair {
+    fn packets(&self) -> Result<[u64; 2]> {
+        Ok([punching(&self.nodes[0])?.probes, punching(&self.nodes[1])?.probes])
+    }
+
+    fn is_direct(&self) -> Result<bool> {
+        let [a, b] = &self.nodes;
+        Ok(a.path(&b.name)? == PathKind::Direct && b.path(&a.name)? == PathKind::Direct)
+    }
+
+    /// From the first packet until both send directly.
+    fn meet(&self) -> Result<Met> {
+        let [a, b] = &self.nodes;
+        let (before, to) = (self.packets()?, b.address(true)?);
+        let start = Instant::now();
+        let mut pings = Pings(a.start_icmp(to, &["-q", "-i", "0.02", "-W", "5"])?.0);
+        let mut met = Met { after: None, packets: [0; 2] };
+        while met.after.is_none() && start.elapsed() < PATIENCE {
+            let_pass(Duration::from_millis(3));
+            met.after = self.is_direct()?.then(|| start.elapsed());
+        }
+        pings.end();
+        let after = self.packets()?;
+        met.packets = [after[0] - before[0], after[1] - before[1]];
+        Ok(met)
+    }
+
+    /// What was opened and is not used is closed, and what is left carries packets both ways.
+    fn settles(&self) -> Result<()> {
+        for (here, there) in [(0, 1), (1, 0)] {
+            let (node, peer) = (&self.nodes[here], &self.nodes[there]);
+            eventually(&format!("{} has closed its sockets", node.name), Duration::from_secs(10), || {
+                let punching = punching(node)?;
+                ensure(punching.sockets <= 1 && punching.heavy.is_none(), || format!("{punching:?}"))
+            })?;
+            let seen = node.icmp(peer.address(true)?, &["-q", "-c", "20", "-i", "0.01", "-W", "5", "-s", "1000"])?;
+            ensure(seen.received == 20, || format!("from {}: {seen:?}", node.name))?;
+        }
+        ensure(self.is_direct()?, || format!("{} and {} are relayed again", self.nodes[0].name, self.nodes[1].name))
+    }
+}
+
+/// A `ping` that ends with this.
+struct Pings(Child);
+
+impl Pings {
+    fn end(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Drop for Pings {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Every pair of a row meets, one after the other.
+fn row(left: &str, right: &str, foreign: u32, bar: Bar) -> Result<()> {
+    let (world, pairs) = pairs(left, right)?;
+    let mut others = Vec::new();
+    for router in pairs.iter().flat_map(|pair| &pair.routers).filter(|_| foreign > 0) {
+        others.push(Foreign::start(&router.namespace, foreign)?);
+    }
+    join(&world, &pairs)?;
+    let mut met = Vec::new();
+    for pair in &pairs {
+        met.push(pair.meet()?);
+    }
+    report(left, right, foreign, &met);
+    for pair in &pairs {
+        pair.settles()?;
+    }
+    let good = |m: &&Met| {
+        m.after.is_some_and(|after| after <= bar.time)
+            && bar.packets.is_none_or(|most| m.packets.iter().sum::<u64>() <= most)
+            && bar.packets_a_side.is_none_or(|most| m.packets.iter().all(|side| *side <= most))
+    };
+    let in_time = met.iter().filter(good).count();
+    ensure(met.iter().all(|m| m.after.is_some()), || format!("not all are direct: {met:?}"))?;
+    ensure(in_time + 1 >= met.len(), || format!("only {in_time} within {:?}: {met:?}", bar.time))
+}
+
+fn report(left: &str, right: &str, foreign: u32, met: &[Met]) {
+    let mut times: Vec<u128> = met.iter().filter_map(|m| m.after).map(|after| after.as_millis()).collect();
+    times.sort_unstable();
+    let packets: Vec<u64> = met.iter().map(|m| m.packets.iter().sum()).collect();
+    println!(
+        "{left} × {right}, {foreign} others a second: {} of {} direct after {times:?} ms; packets of both {packets:?}",
+        times.len(),
+        met.len(),
+    );
+}
+
+/// No punch can succeed, so next to none is tried.
+fn hopeless() -> Result<()> {
+    let (world, pairs) = pairs("linux+random", "linux+random")?;
+    join(&world, &pairs)?;
+    let before: Vec<[u64; 2]> = pairs.iter().map(Pair::packets).collect::<Result<_>>()?;
+    let mut pings = Vec::new();
+    for Pair { nodes: [a, b], .. } in &pairs {
+        pings.push(a.start_icmp(b.address(true)?, &["-q", "-c", "600", "-i", "0.1", "-W", "5"])?);
+    }
+    let mut sent = Vec::new();
+    for ping in pings {
+        let seen = Icmp::wait(ping, Duration::from_secs(80))?;
+        ensure(seen.received + 3 >= seen.sent, || format!("the relay lost some: {seen:?}"))?;
+    }
+    for (pair, before) in pairs.iter().zip(&before) {
+        let after = pair.packets()?;
+        sent.extend([after[0] - before[0], after[1] - before[1]]);
+        let path = pair.nodes[0].peer(&pair.nodes[1].name)?.path;
+        ensure(path.kind == PathKind::Relay && path.reason.is_some(), || format!("{path:?}"))?;
+    }
+    println!("probes of each node in a minute: {sent:?}");
+    ensure(sent.iter().all(|probes| *probes <= 50), || format!("a storm: {sent:?}"))
+}
