@@ -15,7 +15,6 @@ use crate::world::{Icmp, Node, World, ensure, eventually, let_pass, until, wait_
 pub fn cases() -> Vec<Case> {
     vec![
         case("hard::endpoint_independent_to_the_same", || row("eim+apdf", "linux", 0, Bar::ms(150))),
-        case("hard::full_cone_to_symmetric", || row("eim+eif", "apdm+apdf", 0, Bar::ms(100))),
         case("hard::address_restricted_to_symmetric", || row("eim+adf", "linux+random", 0, Bar::ms(200))),
         case("hard::routers_without_a_firewall", || row("linux+open", "linux+open", 0, Bar::ms(300))),
         case("hard::sequential_to_port_restricted", || {
