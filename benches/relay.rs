@@ -131,6 +131,7 @@ impl Member {
             url: server.public_url().url.clone(),
             coordinator: server.key(),
             secret: &keys.control,
+            proxies: &link::proxy::DIRECT,
             timeout: Duration::from_secs(5),
         };
         let (mut sender, mut receiver) = link::connect_control(&target).await.unwrap().split();

@@ -112,7 +112,8 @@ impl Node {
     }
 
     fn target(&self, to: &Running) -> Target<'_> {
-        Target { url: to.url.clone(), coordinator: to.key, secret: &self.keys.control, timeout: DEADLINE }
+        let (url, proxies) = (to.url.clone(), &link::proxy::DIRECT);
+        Target { url, coordinator: to.key, secret: &self.keys.control, proxies, timeout: DEADLINE }
     }
 
     async fn control(&self, to: &Running) -> Control {

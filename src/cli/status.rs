@@ -130,6 +130,9 @@ fn head(status: &Status) -> String {
         (false, _) => paint(&format!("not connected{heard}"), YELLOW),
     };
     row("coordinator", &format!("{} {link}", status.coordinator.url));
+    if let Some(proxy) = &status.coordinator.proxy {
+        row("proxy", proxy);
+    }
     let nat = &status.nat;
     let unknown = "unknown";
     let behaviour = match nat.udp {

@@ -1,5 +1,7 @@
 //! `meshd up`: find the token, start the daemon (or be it), say what is up.
 
+use std::ffi::OsString;
+use std::fmt;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::os::unix::process::CommandExt as _;
@@ -9,12 +11,14 @@ use std::time::Duration;
 
 use ipnet::Ipv4Net;
 use serde::Serialize;
+use zeroize::Zeroizing;
 
 use crate::cli::cidr::{self, Prefixes};
 use crate::cli::error::{CliError, Kind};
 use crate::cli::output::{BOLD, YELLOW, paint};
 use crate::cli::{Global, duration, status};
 use crate::daemon::{self, Options, TokenText, UpReport};
+use crate::link::ProxySetting;
 use crate::wire::local::{Problem, SettingsChange, Status};
 use crate::wire::version;
 
@@ -28,6 +32,11 @@ With a claim token (printed by `meshd coordinator`) this machine founds the netw
 token (from `meshd invite`) it joins one, without a token it resumes. Running it twice is harmless.
 
 A token is a secret: give it by --token-file or MESHD_TOKEN to keep it out of the shell's history.
+So is a proxy's URL with a password in it: give that by --proxy-file or MESHD_PROXY.
+
+The coordinator is reached through the proxy given last by --proxy, which is remembered; else, as
+the environment says when the daemon starts, through HTTPS_PROXY or ALL_PROXY, except for hosts in
+NO_PROXY.
 
 Examples:
   meshd up meshd-invite1-…
@@ -35,7 +44,8 @@ Examples:
   ssh laptop meshd invite | sudo meshd up --token-file -
   meshd up                                   resume after a reboot
   meshd up --advertise-routes 192.168.1.0/24  lead others to the network this machine is in
-  meshd up --foreground                      for systemd; logs to standard error")]
+  meshd up --foreground                      for systemd; logs to standard error
+  meshd up --proxy http://proxy.corp:3128    socks5:// works too; none: no proxy; auto: environment")]
 pub struct Args {
     /// Claim or invite token
     #[arg(conflicts_with = "token_file")]
@@ -64,6 +74,12 @@ pub struct Args {
     /// Addresses tried a minute at most, each an entry in the router's table [default: 4000]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(50..=60_000))]
     punch_entries: Option<u32>,
+    /// Reach the coordinator through this proxy; none: through none; auto: as the environment says [env: MESHD_PROXY]
+    #[arg(long, value_name = "URL", conflicts_with = "proxy_file")]
+    proxy: Option<Hidden>,
+    /// Read the proxy's URL, with its password, from a file
+    #[arg(long, value_name = "FILE")]
+    proxy_file: Option<PathBuf>,
     /// How long to wait until the node is up, such as 30s
     #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration::parse)]
     timeout: Duration,
@@ -84,6 +100,22 @@ pub struct Args {
     ipv4_range: Option<Ipv4Net>,
 }
 
+/// A text that may hold a password. Not shown by `Debug`, wiped when dropped.
+#[derive(Clone)]
+struct Hidden(Zeroizing<String>);
+
+impl From<String> for Hidden {
+    fn from(text: String) -> Self {
+        Self(Zeroizing::new(text))
+    }
+}
+
+impl fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hidden(…)")
+    }
+}
+
 /// `meshd up --json`.
 #[derive(Debug, Serialize)]
 struct Document {
@@ -95,10 +127,10 @@ struct Document {
 }
 
 pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
-    if args.foreground
-        && let Some(token) = &args.token
-    {
-        return without_token_in_ps(token.text());
+    let proxy = proxy(args)?;
+    let shown_in_ps = matches!((&proxy, &args.proxy), (Some(ProxySetting::Use(p)), Some(_)) if p.has_credentials());
+    if args.foreground && (args.token.is_some() || shown_in_ps) {
+        return without_secrets_in_ps(args.token.as_ref(), args.proxy.as_ref().filter(|_| shown_in_ps));
     }
     let options = Options {
         state_dir: global.state_dir(),
@@ -106,6 +138,7 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
         tun: args.tun.clone(),
         name: args.name.clone(),
         token: token(args)?,
+        proxy,
         port: args.port.unwrap_or(0),
         network_name: args.network_name.clone(),
         ipv4_range: args.ipv4_range,
@@ -159,51 +192,85 @@ fn show(report: UpReport, global: &Global) -> Result<(), CliError> {
 fn token(args: &Args) -> Result<Option<TokenText>, CliError> {
     let text = match (&args.token, &args.token_file) {
         (Some(token), _) => Some(token.text().to_owned()),
-        (None, Some(file)) => Some(read_token(file)?),
+        (None, Some(file)) => Some(read_secret(file, "token-file", "a token")?.to_string()),
         (None, None) => std::env::var("MESHD_TOKEN").ok().filter(|token| !token.trim().is_empty()),
     };
     Ok(text.map(|text| TokenText::from(text.trim().to_owned())))
 }
 
-fn read_token(file: &Path) -> Result<String, CliError> {
-    let mut text = String::new();
-    let read = if file == Path::new("-") {
+/// What was given of a proxy: the argument, else the file, else the environment.
+fn proxy(args: &Args) -> Result<Option<ProxySetting>, CliError> {
+    let text = match (&args.proxy, &args.proxy_file) {
+        (Some(url), _) => Some(url.0.clone()),
+        (None, Some(file)) => Some(read_secret(file, "proxy-file", "a proxy's URL")?),
+        (None, None) => std::env::var("MESHD_PROXY").ok().map(Zeroizing::new),
+    };
+    let text = text.filter(|text| !text.trim().is_empty());
+    Ok(text.map(|text| ProxySetting::parse(&text)).transpose().map_err(Problem::from)?)
+}
+
+/// Reads what a file holds; `what` names it.
+fn read_secret(file: &Path, code: &str, what: &str) -> Result<Zeroizing<String>, CliError> {
+    let mut text = Zeroizing::new(String::new());
+    let from_stdin = file == Path::new("-");
+    let read = if from_stdin {
         std::io::stdin().take(TOKEN_LIMIT).read_to_string(&mut text)
     } else {
         File::open(file).and_then(|file| file.take(TOKEN_LIMIT).read_to_string(&mut text))
     };
-    let shown = if file == Path::new("-") { "standard input".to_owned() } else { file.display().to_string() };
+    let shown = if from_stdin { "standard input".to_owned() } else { file.display().to_string() };
     match read {
         Err(error) => {
-            let text = format!("cannot read a token from {shown}: {error}");
-            Err(CliError::new(
-                Kind::Failed,
-                "token-file",
-                text,
-                "give the file that holds the token, or - for standard input",
-            ))
+            let text = format!("cannot read {what} from {shown}: {error}");
+            let hint = format!("give the file that holds {what}, or - for standard input");
+            Err(CliError::new(Kind::Failed, code, text, hint))
         }
         Ok(_) if text.trim().is_empty() => {
-            let text = format!("{shown} holds no token");
-            Err(CliError::failed("token-file", text, "meshd invite on an admin node prints one"))
+            let hint = match code {
+                "token-file" => "meshd invite on an admin node prints one",
+                _ => "write it as http://NAME:PASSWORD@HOST:PORT",
+            };
+            Err(CliError::failed(code, format!("{shown} holds no {}", what.trim_start_matches("a ")), hint))
         }
         Ok(_) => Ok(text),
     }
 }
 
-/// Runs this command again in its own place, with the token coming through a pipe: a daemon in the foreground lives long,
-/// and everybody on the machine can read its arguments.
-fn without_token_in_ps(token: &str) -> Result<(), CliError> {
+/// Runs this command again in its own place, with the token coming through a pipe and the proxy's URL in the environment,
+/// which only the same user can read: a daemon in the foreground lives long, and everybody on the machine can read its
+/// arguments.
+fn without_secrets_in_ps(token: Option<&TokenText>, proxy: Option<&Hidden>) -> Result<(), CliError> {
     let failed =
-        |error: std::io::Error| CliError::failed("daemon", format!("cannot hide the token from ps: {error}"), "");
-    let (reader, mut writer) = std::io::pipe().map_err(failed)?;
-    // A token is far smaller than what a pipe holds.
-    writer.write_all(token.as_bytes()).map_err(failed)?;
-    drop(writer);
-    let args = std::env::args_os().skip(1).filter(|arg| arg.as_encoded_bytes() != token.as_bytes());
+        |error: std::io::Error| CliError::failed("daemon", format!("cannot hide secrets from ps: {error}"), "");
+    let secrets: Vec<&[u8]> =
+        token.map(|t| t.text().as_bytes()).into_iter().chain(proxy.map(|p| p.0.as_bytes())).collect();
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("meshd").args(args).args(["--token-file", "-"]).stdin(Stdio::from(reader));
+    command.arg0("meshd").args(public_args(std::env::args_os().skip(1), &secrets));
+    if let Some(token) = token {
+        let (reader, mut writer) = std::io::pipe().map_err(failed)?;
+        // A token is far smaller than what a pipe holds.
+        writer.write_all(token.text().as_bytes()).map_err(failed)?;
+        drop(writer);
+        command.args(["--token-file", "-"]).stdin(Stdio::from(reader));
+    }
+    if let Some(proxy) = proxy {
+        command.env("MESHD_PROXY", &*proxy.0);
+    }
     Err(failed(command.exec()))
+}
+
+/// The arguments without the secrets, and without the `--proxy` that went before one.
+fn public_args(args: impl Iterator<Item = OsString>, secrets: &[&[u8]]) -> Vec<OsString> {
+    let mut kept: Vec<OsString> = Vec::new();
+    for arg in args {
+        let bytes = arg.as_encoded_bytes();
+        if !secrets.contains(&bytes.strip_prefix(b"--proxy=").unwrap_or(bytes)) {
+            kept.push(arg);
+        } else if kept.last().is_some_and(|last| last == "--proxy") {
+            kept.pop();
+        }
+    }
+    kept
 }
 
 #[cfg(test)]
@@ -225,9 +292,45 @@ mod tests {
             punch_sockets: None,
             punch_rate: None,
             punch_entries: None,
+            proxy: None,
+            proxy_file: None,
             network_name: None,
             ipv4_range: None,
         }
+    }
+
+    #[test]
+    fn secrets_leave_the_arguments_and_nothing_else_does() {
+        let args = |args: &[&str]| args.iter().map(OsString::from).collect::<Vec<_>>();
+        let all = args(&["up", "--proxy", "http://u:p@h:1", "meshd-invite1-x", "--foreground", "--name", "nas"]);
+        let secrets: [&[u8]; 2] = [b"http://u:p@h:1", b"meshd-invite1-x"];
+        let left = args(&["up", "--foreground", "--name", "nas"]);
+        assert_eq!(public_args(all.clone().into_iter(), &secrets), left);
+        assert_eq!(
+            public_args(args(&["up", "--proxy=http://u:p@h:1", "--foreground"]).into_iter(), &secrets),
+            left[..2]
+        );
+        assert_eq!(public_args(left.clone().into_iter(), &[]), left);
+    }
+
+    #[test]
+    fn a_proxy_comes_from_an_argument_or_a_file_and_a_mistake_shows_no_password() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("proxy");
+        std::fs::write(&file, "http://ann:secret@proxy:3128\n").unwrap();
+        let given = |url: Option<&str>, file: Option<&Path>| Args {
+            proxy: url.map(|url| Hidden::from(url.to_owned())),
+            proxy_file: file.map(Path::to_owned),
+            ..args(None, None)
+        };
+        let read = proxy(&given(None, Some(&file))).unwrap().unwrap();
+        assert_eq!(*read.secret_text(), "http://ann:secret@proxy:3128");
+        assert_eq!(proxy(&given(Some("none"), None)).unwrap(), Some(ProxySetting::None));
+        let wrong = given(Some("gopher://ann:secret@proxy"), None);
+        let refused = proxy(&wrong).unwrap_err();
+        assert_eq!(refused.problem.code, "proxy-url");
+        assert!(!format!("{refused:?} {wrong:?}").contains("secret"));
+        assert_eq!(proxy(&given(None, Some(&dir.path().join("none")))).unwrap_err().problem.code, "proxy-file");
     }
 
     #[test]

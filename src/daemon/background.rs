@@ -143,6 +143,9 @@ fn already(status: Status, token: Option<&Token>, options: &Options) -> Result<U
         notes.push("it is set up as given".into());
         notes.extend(set.notes);
     }
+    if options.proxy.is_some() {
+        notes.push("the proxy was left as it is; run `meshd down` first, then this again, to change it".into());
+    }
     Ok(UpReport { status, already_running: true, notes, warning: None })
 }
 
@@ -187,6 +190,7 @@ fn start(options: &Options, log: File) -> Result<Child, Problem> {
         .arg(&options.socket)
         .env(CHILD, "1")
         .env_remove("MESHD_TOKEN")
+        .env_remove("MESHD_PROXY")
         .current_dir("/")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -433,6 +437,7 @@ impl Reporter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::ProxySetting;
 
     #[test]
     fn a_mistyped_token_is_refused_before_anything_is_started() {
@@ -461,11 +466,14 @@ mod tests {
     }
 
     #[test]
-    fn orders_carry_the_token_and_debug_does_not() {
-        let options = Options { token: Some("meshd-invite1-secret".to_owned().into()), port: 7, ..Options::default() };
+    fn orders_carry_the_secrets_and_debug_does_not() {
+        let token = Some("meshd-invite1-secret".to_owned().into());
+        let proxy = Some(ProxySetting::parse("http://ann:secret@proxy:1").unwrap());
+        let options = Options { token, proxy, port: 7, ..Options::default() };
         let back: Options = serde_json::from_slice(&serde_json::to_vec(&options).unwrap()).unwrap();
         assert_eq!(back.token.as_ref().unwrap().text(), "meshd-invite1-secret");
         assert_eq!(back.port, 7);
+        assert_eq!(back.proxy, options.proxy);
         assert!(!format!("{options:?}").contains("secret"));
     }
 }

@@ -1,5 +1,6 @@
 //! A guest's or new member's requests over a real control link.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
@@ -7,7 +8,7 @@ use tokio::time::timeout;
 use crate::daemon::join::{Desk, Desks};
 use crate::daemon::links::{CONNECT_TIMEOUT, broken};
 use crate::daemon::problem;
-use crate::link::{ConnectError, ControlReceiver, ControlSender, LinkError, Target, close, connect_control};
+use crate::link::{ConnectError, ControlReceiver, ControlSender, LinkError, Proxies, Target, close, connect_control};
 use crate::trust::keys::Secret32;
 use crate::trust::record::SignedRecord;
 use crate::wire::control::{ToCoordinator, ToNode};
@@ -22,8 +23,11 @@ const ANSWER: Duration = Duration::from_secs(10);
 const WHOLE_LOG: Duration = Duration::from_secs(60);
 
 /// Connects by [`crate::link`].
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct LinkDesks;
+#[derive(Debug)]
+pub(super) struct LinkDesks {
+    /// The proxies on the way, if any.
+    pub(super) proxies: Arc<Proxies>,
+}
 
 /// One connection.
 #[derive(Debug)]
@@ -38,7 +42,8 @@ impl Desks for LinkDesks {
     async fn connect(&self, urls: &[String], coordinator: ControlKey, secret: &Secret32) -> Result<LinkDesk, Problem> {
         let mut first: Option<ConnectError> = None;
         for url in urls {
-            let target = Target { url: url.clone(), coordinator, secret, timeout: CONNECT_TIMEOUT };
+            let (url, proxies) = (url.clone(), &*self.proxies);
+            let target = Target { url, coordinator, secret, proxies, timeout: CONNECT_TIMEOUT };
             match connect_control(&target).await {
                 Ok(link) => {
                     let (sender, receiver) = link.split();

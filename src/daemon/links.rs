@@ -8,7 +8,7 @@ use rand::{Rng, RngExt};
 use tokio::sync::{Notify, watch};
 
 use crate::daemon::problem;
-use crate::link::{LinkError, Target, close};
+use crate::link::{LinkError, Proxies, Target, close};
 use crate::trust::keys::Secret32;
 use crate::wire::keys::ControlKey;
 use crate::wire::local::Problem;
@@ -28,13 +28,15 @@ pub(super) struct Coordinator {
     pub(super) key: ControlKey,
     /// The node's control secret.
     pub(super) secret: Secret32,
+    /// The proxies on the way, if any.
+    pub(super) proxies: Arc<Proxies>,
 }
 
 impl Coordinator {
     /// The `n`th try's target: the URLs in turn.
     pub(super) fn target(&self, n: usize) -> Target<'_> {
         let url = self.urls.get(n % self.urls.len().max(1)).cloned().unwrap_or_default();
-        Target { url, coordinator: self.key, secret: &self.secret, timeout: CONNECT_TIMEOUT }
+        Target { url, coordinator: self.key, secret: &self.secret, proxies: &self.proxies, timeout: CONNECT_TIMEOUT }
     }
 }
 
@@ -99,12 +101,17 @@ pub(super) fn broken(e: &LinkError) -> Problem {
             "another process with this node's keys connected to the coordinator",
             "the state directory was copied to another machine; give that one an identity of its own with a new invite",
         ),
-        _ => problem(
-            "coordinator-lost",
-            format!("the connection to the coordinator was lost: {e}"),
-            "meshd keeps trying; existing direct paths go on meanwhile",
-        ),
+        LinkError::Broken(how) => lost(how),
+        _ => lost(&e.to_string()),
     }
+}
+
+fn lost(how: &str) -> Problem {
+    problem(
+        "coordinator-lost",
+        format!("the connection to the coordinator was lost: {how}"),
+        "meshd keeps trying; existing direct paths go on meanwhile",
+    )
 }
 
 #[cfg(test)]
@@ -130,6 +137,7 @@ mod tests {
             urls: vec!["https://a".into(), "https://b".into()],
             key: ControlKey([0; 32]),
             secret: Secret32::new([1; 32]),
+            proxies: Arc::new(Proxies::direct()),
         };
         let urls: Vec<_> = (0..3).map(|n| coordinator.target(n).url).collect();
         assert_eq!(urls, ["https://a", "https://b", "https://a"]);

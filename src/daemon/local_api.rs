@@ -136,6 +136,8 @@ pub(super) struct Api {
     pub(super) urls: Vec<String>,
     /// The coordinator's Noise key.
     pub(super) coordinator: ControlKey,
+    /// The proxy on the way to the coordinator, without credentials.
+    pub(super) proxy: Option<String>,
     /// True once everything is taken down.
     pub(super) gone: watch::Receiver<bool>,
     /// Names pings and publications.
@@ -157,6 +159,7 @@ pub(super) struct Parts {
     pub(super) interface: String,
     pub(super) urls: Vec<String>,
     pub(super) coordinator: ControlKey,
+    pub(super) proxy: Option<String>,
     pub(super) gone: watch::Receiver<bool>,
 }
 
@@ -175,6 +178,7 @@ impl Api {
             interface,
             urls,
             coordinator,
+            proxy,
             gone,
         } = parts;
         let clients = Arc::new(Semaphore::new(CLIENTS as usize));
@@ -192,6 +196,7 @@ impl Api {
             interface,
             urls,
             coordinator,
+            proxy,
             gone,
             tokens,
             clients,
@@ -237,6 +242,8 @@ impl Api {
         };
         let mut status = self.planner.with(move |planner, now| planner.status(shell, now)).await?;
         status.coordinator.relay = self.relay.carrier().name();
+        status.coordinator.proxy.clone_from(&self.proxy);
+        status.coordinator.problem.clone_from(&self.control.problem.borrow());
         Ok(status)
     }
 

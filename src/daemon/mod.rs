@@ -46,6 +46,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 pub use crate::daemon::background::spawn_background;
+use crate::link::ProxySetting;
 use crate::os::process;
 use crate::wire::local::{Problem, SettingsChange, Status};
 
@@ -68,6 +69,9 @@ pub struct Options {
     /// Move every packet alone, as kernels and drivers without offloads need it.
     #[serde(default)]
     pub no_offload: bool,
+    /// How the coordinator is reached; absent: as set before, else as the environment says.
+    #[serde(default)]
+    pub proxy: Option<ProxySetting>,
     /// UDP port; 0: the one used last, or a random one.
     pub port: u16,
     /// Sockets that punches through hard NATs may open; 0: none are made. Absent: as many as are ever of use.

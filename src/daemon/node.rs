@@ -30,7 +30,7 @@ use crate::daemon::outbox::{Notices, Outbox};
 use crate::daemon::planner_task::{self, ToStore, Wiring};
 use crate::daemon::relay_carrier::{self, RelayCarrier};
 use crate::daemon::relay_thread::{self, Delivery};
-use crate::daemon::settings::SettingsDesk;
+use crate::daemon::settings::{Settings, SettingsDesk};
 use crate::daemon::stop::{Reason, Stopper};
 use crate::daemon::store::{Endpoint, State, Store};
 use crate::daemon::watch::{self as surroundings, Known, NetworkWatch};
@@ -39,6 +39,8 @@ use crate::daemon::{Options, UpReport, control_link, problem};
 use crate::engine::drops::Drops;
 use crate::engine::io::{Event, RoutePlan, SocketId};
 use crate::engine::planner::{Config, Limits, MOST_SOCKETS, Planner, StartError};
+use crate::link::proxy::Environment;
+use crate::link::{self, Proxies};
 use crate::os::manager::Manager;
 use crate::os::netlink::{Changes, Netlink};
 use crate::os::tun::{Tun, TunError};
@@ -126,6 +128,7 @@ impl Node {
         let mut store = Store::open(&options.state_dir)?;
         let socket = Socket::bind(&options.socket)?;
         let state = store.state()?;
+        let proxies = Arc::new(decide_proxies(&store, options)?);
         reporter.stage("making the network interface");
         let tun = Tun::create(options.tun.as_deref(), !options.no_offload).map_err(tun_problem)?;
         let kept = (state.port != 0).then_some(state.port);
@@ -146,7 +149,9 @@ impl Node {
             surroundings: &around,
             wall: clock::wall(),
         };
-        let membership = join::ensure(&mut store, &wish, &LinkDesks, &mut rand::rng()).await?;
+        let desks = LinkDesks { proxies: Arc::clone(&proxies) };
+        let membership = join::ensure(&mut store, &wish, &desks, &mut rand::rng()).await?;
+        keep_settings(&store, options)?;
 
         reporter.stage("setting the interface up");
         let (addresses, network_name) = join::own_addresses(&membership)?;
@@ -167,7 +172,8 @@ impl Node {
         let limits = punch_limits(options, &health);
         let change = &options.settings;
         Self::assemble(
-            store, state, membership, tun, sockets, limits, netlink, changes, ranges, health, socket, change, stopper,
+            store, state, membership, proxies, tun, sockets, limits, netlink, changes, ranges, health, socket, change,
+            stopper,
         )
     }
 
@@ -176,6 +182,7 @@ impl Node {
         store: Store,
         mut state: State,
         membership: Membership,
+        proxies: Arc<Proxies>,
         tun: Tun,
         sockets: Arc<UdpSockets>,
         limits: Limits,
@@ -232,8 +239,12 @@ impl Node {
         let nudge = vec![Arc::clone(&control_bells.nudge), Arc::clone(&relay_bells.nudge), Arc::clone(&carrier_nudge)];
         let carrier = Arc::new(RelayCarrier::default());
         let (answers, relay_answers) = mpsc::channel(relay_carrier::ANSWERS);
-        let coordinator =
-            Arc::new(Coordinator { urls: network.urls.clone(), key: network.coordinator, secret: control_secret });
+        let coordinator = Arc::new(Coordinator {
+            urls: network.urls.clone(),
+            key: network.coordinator,
+            secret: control_secret,
+            proxies: Arc::clone(&proxies),
+        });
         let delivery = Delivery { queue: relayed, wake: wake.clone() };
         let (relay, relay_ended) = relay_thread::start(
             Arc::clone(&coordinator),
@@ -328,12 +339,18 @@ impl Node {
         };
         let url = network.urls.first().cloned().unwrap_or_default();
         let inputs = handle.inputs.clone();
-        let resolver = surroundings::resolve(offered, url, inputs.clone(), known.clone(), Arc::clone(&check));
+        let resolver =
+            surroundings::resolve(offered, url, inputs.clone(), known.clone(), Arc::clone(&check), health.clone());
         let checker = surroundings::check_nat(check, known.clone(), control.clone(), relay.clone(), inputs);
         let expelled = stop_when_expelled(handle.events(), stopper.clone());
         state.port = port;
         let writer = tokio::spawn(write_records(store.record_log(), Arc::clone(&to_store), health.clone()));
 
+        let first = network.urls.first().and_then(|url| link::Endpoint::parse(url).ok());
+        let proxy = first.and_then(|endpoint| proxies.towards(&endpoint).map(ToString::to_string));
+        if let Some(proxy) = &proxy {
+            tracing::info!(proxy, "the coordinator is reached through a proxy");
+        }
         let (gone, gone_watch) = watch::channel(false);
         let api = Api::new(Parts {
             planner: handle,
@@ -348,6 +365,7 @@ impl Node {
             interface,
             urls: network.urls,
             coordinator: network.coordinator,
+            proxy,
             gone: gone_watch,
         });
         let tasks = vec![
@@ -607,6 +625,23 @@ fn punch_limits(options: &Options, health: &Health) -> Limits {
         entries_per_minute: options.punch_entries.unwrap_or(usual.entries_per_minute),
         ..usual
     }
+}
+
+/// What was set now, else before; the environment decides where that leaves it to it.
+fn decide_proxies(store: &Store, options: &Options) -> Result<Proxies, Problem> {
+    let setting = match &options.proxy {
+        Some(setting) => setting.clone(),
+        None => store.settings()?.proxy,
+    };
+    Ok(Proxies::new(setting, &Environment::read())?)
+}
+
+/// What was set holds from now on: the node is a member.
+fn keep_settings(store: &Store, options: &Options) -> Result<(), Problem> {
+    let Some(proxy) = &options.proxy else { return Ok(()) };
+    let known = store.settings()?;
+    let settings = Settings { proxy: proxy.clone(), ..known.clone() };
+    if settings == known { Ok(()) } else { store.settings_file().keep(&settings) }
 }
 
 /// The control secret, once more: the planner owns the keys, the links need this one.

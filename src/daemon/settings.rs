@@ -10,6 +10,7 @@ use crate::daemon::problem;
 use crate::daemon::store::SettingsFile;
 use crate::engine::io::{Input, RouteWish};
 use crate::engine::planner::Planner;
+use crate::link::ProxySetting;
 use crate::time::Now;
 use crate::trust::advert::MAX_ROUTES;
 use crate::wire::local::{Problem, SettingsChange, SettingsDocument};
@@ -25,11 +26,13 @@ pub struct Settings {
     pub advertise_routes: Vec<IpNet>,
     /// Use the routes of others.
     pub accept_routes: bool,
+    /// How the coordinator is reached; with a proxy's credentials. Given at the start only.
+    pub proxy: ProxySetting,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { v: 1, advertise_routes: Vec::new(), accept_routes: true }
+        Self { v: 1, advertise_routes: Vec::new(), accept_routes: true, proxy: ProxySetting::Auto }
     }
 }
 

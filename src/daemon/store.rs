@@ -504,7 +504,7 @@ impl SettingsFile {
     /// Code `state-write`.
     pub fn keep(&self, settings: &Settings) -> Result<(), Problem> {
         let write = || {
-            let text = serde_json::to_vec_pretty(settings)?;
+            let text = Zeroizing::new(serde_json::to_vec_pretty(settings)?);
             write_atomically(&self.dir, "settings.json", &text)
         };
         write().map_err(|e: io::Error| cannot_write(&self.dir.join("settings.json"), &e))
@@ -604,6 +604,7 @@ fn hint_for(e: &io::Error) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::link::ProxySetting;
     use crate::trust::record::{Admin, Record};
     use crate::wire::keys::IdentityKey;
 
@@ -642,12 +643,15 @@ mod tests {
             store.record_log().append(&[record(2), record(3)]).unwrap();
             let endpoints = vec![Endpoint { peer: WgKey([9; 32]), address: "192.0.2.1:5".parse().unwrap() }];
             store.keep_state(&State { v: 1, port: 40_000, endpoints, latest_wall: 5, adverts: vec![] }).unwrap();
+            let proxy = ProxySetting::parse("http://ann:secret@proxy:3128").unwrap();
+            store.settings_file().keep(&Settings { proxy, ..Settings::default() }).unwrap();
         }
         let mut store = Store::open(&path).unwrap();
         assert_eq!(store.keys().unwrap().unwrap().identity_key(), id);
         assert_eq!(store.network().unwrap(), Some(network()));
         assert_eq!(store.records().unwrap(), [record(1), record(2), record(3)]);
         assert_eq!(store.state().unwrap().port, 40_000);
+        assert_eq!(*store.settings().unwrap().proxy.secret_text(), "http://ann:secret@proxy:3128");
         assert!(store.notes().is_empty());
         assert_eq!(mode(&path), 0o700);
         for entry in fs::read_dir(&path).unwrap() {

@@ -22,8 +22,8 @@ use crate::wire::local::Severity;
 
 /// STUN servers used, of those the coordinator names.
 const MAX_SERVERS: usize = 8;
-/// Pause after names that did not resolve.
-const RESOLVE_AGAIN: Duration = Duration::from_secs(5);
+/// Pause after names that did not resolve, doubled each time up to the second.
+const RESOLVE_AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 /// NAT checks by ourselves are at least this far apart.
 const CHECK_EVERY: Duration = Duration::from_secs(20);
 
@@ -136,10 +136,12 @@ pub(super) async fn resolve(
     inputs: mpsc::Sender<Input>,
     known: Known,
     check: Arc<Notify>,
+    health: Health,
 ) {
     let own_host = Endpoint::parse(&url).map(|e| e.host).unwrap_or_default();
     let mut last = Vec::new();
     while let Some(mut offer) = offers.recv().await {
+        let mut pause = RESOLVE_AGAIN.0;
         loop {
             let mut found: Vec<SocketAddr> = Vec::new();
             for server in offer.iter().take(MAX_SERVERS) {
@@ -153,6 +155,7 @@ pub(super) async fn resolve(
             }
             found.truncate(MAX_SERVERS);
             if !found.is_empty() || offer.is_empty() {
+                health.clear("stun-unresolved");
                 if found != last {
                     known.around.lock().0.clone_from(&found);
                     check.notify_one();
@@ -163,11 +166,16 @@ pub(super) async fn resolve(
                 }
                 break;
             }
-            tracing::info!("the coordinator's STUN servers cannot be resolved; trying again");
+            health.set(
+                "stun-unresolved",
+                Severity::Info,
+                "the coordinator's name cannot be resolved on this machine, so its STUN servers are not asked: most peers will be relayed",
+                "behind a proxy that resolves names this is as expected; otherwise check this machine's DNS",
+            );
             tokio::select! {
-                () = tokio::time::sleep(RESOLVE_AGAIN) => {}
+                () = tokio::time::sleep(pause) => pause = (pause * 2).min(RESOLVE_AGAIN.1),
                 newer = offers.recv() => match newer {
-                    Some(newer) => offer = newer,
+                    Some(newer) => (offer, pause) = (newer, RESOLVE_AGAIN.0),
                     None => return,
                 },
             }

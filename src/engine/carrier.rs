@@ -10,6 +10,8 @@
 //!    └──────────────────────────────── nothing relayed for half a minute ───────────────────────────────────────┘
 //! ```
 //!
+//! At the start the two race: the WebSocket has a head start, then UDP is tried without waiting for a packet.
+//!
 //! Only in `Carrying` does anything go by UDP, and only then does the relay deliver by it. While traffic goes, a Ping asks
 //! every 300 ms whether UDP still passes both ways; without an answer the WebSocket takes over within a second. A node that
 //! is idle sends nothing, lets its NAT forget, and is reached by the WebSocket, which is there anyway.
@@ -33,6 +35,8 @@ pub const PROOF: usize = 1_312;
 /// Addresses of the relay that are tried.
 pub const MAX_ADDRESSES: usize = 4;
 
+/// Head start of the WebSocket: without one so long after the control link came up, UDP is tried before anything is relayed.
+const HEAD_START: Duration = Duration::from_millis(150);
 /// How long the coordinator may take to open a session.
 const OPEN_PATIENCE: Duration = Duration::from_secs(5);
 /// When, after the first, further Pings are sent to prove a way, and when it is given up.
@@ -91,6 +95,8 @@ pub struct Carrier {
     names: HashMap<Name, Option<(PeerId, WgKey)>, FxBuildHasher>,
     control: bool,
     websocket: bool,
+    /// When UDP is tried, should there be no WebSocket by then.
+    race_at: Option<Now>,
     told: bool,
     /// Failures in a row.
     failures: u32,
@@ -147,6 +153,7 @@ impl Carrier {
             names: HashMap::default(),
             control: false,
             websocket: false,
+            race_at: None,
             told: false,
             failures: 0,
             last_traffic: None,
@@ -192,6 +199,8 @@ impl Carrier {
     /// The control link came up or went.
     pub fn control(&mut self, up: bool, now: Now) {
         self.control = up;
+        self.race_at = (up && !self.websocket).then(|| now + HEAD_START);
+        self.news = true;
         // A coordinator that was started anew knows no session of before. One that carries proves itself.
         if up && !matches!(self.state, State::Carrying { .. }) {
             self.session = None;
@@ -204,6 +213,7 @@ impl Carrier {
     /// The WebSocket came up or went.
     pub fn websocket(&mut self, up: bool, now: Now) {
         self.websocket = up;
+        self.race_at = None;
         self.news = true;
         self.tell();
         // UDP is the only way left.
@@ -305,6 +315,12 @@ impl Carrier {
 
     /// A deadline passed, or may have.
     pub fn handle_timeout(&mut self, now: Now) {
+        if self.race_at.is_some_and(|at| now >= at) {
+            self.race_at = None;
+            if matches!(self.state, State::Asleep) {
+                self.wake(now);
+            }
+        }
         match self.state {
             State::Asleep => {}
             State::Opening { since } if now.since(since) >= OPEN_PATIENCE => self.fail(now),
@@ -351,6 +367,11 @@ impl Carrier {
         if !self.outputs.is_empty() {
             return Some(Now::ZERO);
         }
+        let step = self.step_at();
+        self.race_at.map_or(step, |race| Some(step.map_or(race, |step| step.min(race))))
+    }
+
+    fn step_at(&self) -> Option<Now> {
         match self.state {
             State::Asleep => None,
             State::Opening { since } => Some(since + OPEN_PATIENCE),

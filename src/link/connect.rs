@@ -17,8 +17,9 @@ use tokio_tungstenite::tungstenite::http::{HeaderValue, header};
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 use tokio_tungstenite::{WebSocketStream, client_async_with_config};
 
-use crate::link::error::{ConnectError, LinkError, Upgrade};
+use crate::link::error::{ConnectError, LinkError, Upgrade, plainly};
 use crate::link::noise::{Answer, Initiator, NoiseError, Offer, Opener, Purpose, Sealer};
+use crate::link::proxy::{self, Proxies, Proxy};
 use crate::link::pump::{self, Keepalive, Limits, close};
 use crate::link::{ControlLink, Endpoint, LinkInfo, RelayLink, control, relay, tls};
 use crate::trust::keys::Secret32;
@@ -41,6 +42,8 @@ pub struct Target<'a> {
     pub coordinator: ControlKey,
     /// The node's control secret.
     pub secret: &'a Secret32,
+    /// The proxies on the way, if any.
+    pub proxies: &'a Proxies,
     /// For everything from name resolution to the last handshake message.
     pub timeout: Duration,
 }
@@ -104,16 +107,22 @@ pub(super) async fn establish(
     limits: Limits,
 ) -> Result<(Ws, Ciphers, LinkInfo), ConnectError> {
     let endpoint = Endpoint::parse(&target.url)?;
+    let proxy = target.proxies.towards(&endpoint);
+    // For errors: who answered, or did not.
+    let shown = match proxy {
+        Some(proxy) => format!("{endpoint} (through the proxy {proxy})"),
+        None => endpoint.to_string(),
+    };
     let mut stage = "resolving its name";
     let steps = async {
-        let tcp = tcp(&endpoint, &mut stage).await?;
+        let tcp = tcp(&endpoint, proxy, &mut stage).await?;
         let info = LinkInfo {
             peer_addr: tcp.peer_addr().ok(),
             local_addr: tcp.local_addr().ok(),
             version: 0,
             program: String::new(),
         };
-        let steps = Steps { target, endpoint: &endpoint, purpose, versions, limits };
+        let steps = Steps { target, endpoint: &endpoint, shown: &shown, purpose, versions, limits };
         let (ws, ciphers, answer) = if endpoint.tls {
             stage = "during the TLS handshake";
             let tls = steps.tls(tcp).await?;
@@ -129,18 +138,36 @@ pub(super) async fn establish(
     };
     match timeout(target.timeout, steps).await {
         Ok(result) => result,
-        Err(_) => Err(ConnectError::TimedOut { addr: endpoint.to_string(), after: target.timeout, stage }),
+        Err(_) => Err(ConnectError::TimedOut { addr: shown.clone(), after: target.timeout, stage }),
     }
 }
 
-async fn tcp(endpoint: &Endpoint, stage: &mut &'static str) -> Result<TcpStream, ConnectError> {
-    let dns_failed = |cause: String| ConnectError::DnsFailed { host: endpoint.host.clone(), cause };
-    let found = tokio::net::lookup_host((endpoint.host.as_str(), endpoint.port))
-        .await
-        .map_err(|e| dns_failed(e.to_string()))?;
+async fn tcp(endpoint: &Endpoint, proxy: Option<&Proxy>, stage: &mut &'static str) -> Result<TcpStream, ConnectError> {
+    if let Some(proxy) = proxy {
+        // It has a deadline of its own.
+        *stage = "connecting";
+        return proxy::through(proxy, &endpoint.host, endpoint.port).await;
+    }
+    dial(&endpoint.host, endpoint.port, stage).await.map_err(|e| match e {
+        Dial::Dns(cause) => ConnectError::DnsFailed { host: endpoint.host.clone(), cause },
+        Dial::Unreachable(tried, cause) => ConnectError::Unreachable { addr: endpoint.to_string(), tried, cause },
+    })
+}
+
+/// Why there is no TCP connection.
+pub(super) enum Dial {
+    /// The name does not resolve, and what the resolver said.
+    Dns(String),
+    /// The address tried last, and what the system said.
+    Unreachable(SocketAddr, String),
+}
+
+/// Connects to the first address of a host that answers. `stage` says meanwhile what is being waited for.
+pub(super) async fn dial(host: &str, port: u16, stage: &mut &'static str) -> Result<TcpStream, Dial> {
+    let found = tokio::net::lookup_host((host, port)).await.map_err(|e| Dial::Dns(e.to_string()))?;
     let addresses = alternate(found.collect());
     *stage = "connecting";
-    let Some(&first) = addresses.first() else { return Err(dns_failed("it has no address".into())) };
+    let Some(&first) = addresses.first() else { return Err(Dial::Dns("it has no address".into())) };
     let mut attempts: FuturesUnordered<_> = (0u32..)
         .zip(addresses)
         .map(|(i, address)| async move {
@@ -158,7 +185,7 @@ async fn tcp(endpoint: &Endpoint, stage: &mut &'static str) -> Result<TcpStream,
             Err((address, e)) => last = (address, e.to_string()),
         }
     }
-    Err(ConnectError::Unreachable { addr: endpoint.to_string(), tried: last.0, cause: last.1 })
+    Err(Dial::Unreachable(last.0, last.1))
 }
 
 /// Addresses in the resolver's order but with the families taking turns (RFC 8305 section 4).
@@ -186,6 +213,7 @@ pub(super) fn tune(tcp: &TcpStream) {
 struct Steps<'a> {
     target: &'a Target<'a>,
     endpoint: &'a Endpoint,
+    shown: &'a str,
     purpose: Purpose,
     versions: VersionRange,
     limits: Limits,
@@ -193,14 +221,14 @@ struct Steps<'a> {
 
 impl Steps<'_> {
     fn not_a_coordinator(&self, detail: impl Into<String>) -> ConnectError {
-        ConnectError::NotACoordinator { addr: self.endpoint.to_string(), detail: detail.into() }
+        ConnectError::NotACoordinator { addr: self.shown.to_owned(), detail: detail.into() }
     }
 
     async fn tls(&self, tcp: TcpStream) -> Result<tokio_rustls::client::TlsStream<TcpStream>, ConnectError> {
-        let failed = |cause: String| ConnectError::TlsFailed { addr: self.endpoint.to_string(), cause };
+        let failed = |cause: String| ConnectError::TlsFailed { addr: self.shown.to_owned(), cause };
         let config = tls::client_config().map_err(|e| failed(e.to_string()))?;
         let name = ServerName::try_from(self.endpoint.host.clone()).map_err(|e| failed(e.to_string()))?;
-        TlsConnector::from(Arc::clone(&config)).connect(name, tcp).await.map_err(|e| failed(e.to_string()))
+        TlsConnector::from(Arc::clone(&config)).connect(name, tcp).await.map_err(|e| failed(plainly(&e)))
     }
 
     async fn websocket_and_noise<S>(&self, stream: S) -> Result<(WebSocketStream<S>, Ciphers, Answer), ConnectError>
@@ -223,20 +251,22 @@ impl Steps<'_> {
 
     #[expect(clippy::wildcard_enum_match_arm, reason = "another crate's errors; each means the same here")]
     fn websocket_failed(&self, e: &WsError) -> ConnectError {
-        let addr = self.endpoint.to_string();
+        let addr = self.shown.to_owned();
         match e {
             WsError::Http(response) => match response.status().as_u16() {
                 status @ (429 | 502 | 503 | 504) => ConnectError::Unavailable { addr, status },
                 status => self.not_a_coordinator(format!("it answered HTTP {status}")),
             },
-            WsError::Io(e) => self.not_a_coordinator(format!("the connection broke before it answered ({e})")),
+            WsError::Io(e) => {
+                self.not_a_coordinator(format!("the connection broke before it answered ({})", plainly(e)))
+            }
             e => self.not_a_coordinator(format!("its answer is not a WebSocket's ({e})")),
         }
     }
 
     /// The coordinator closed the connection instead of answering.
     fn refused(&self, end: &LinkError) -> ConnectError {
-        let addr = self.endpoint.to_string();
+        let addr = self.shown.to_owned();
         if let LinkError::Closed { code: close::WRONG_KEY, .. } = end {
             ConnectError::WrongKey { addr }
         } else if let LinkError::Closed { code: close::BUSY, .. } = end {
@@ -251,10 +281,13 @@ impl Steps<'_> {
         S: AsyncRead + AsyncWrite + Unpin,
     {
         let offer = Offer { versions: self.versions, program: version::PROGRAM.to_owned() };
-        let wrong_key = || ConnectError::WrongKey { addr: self.endpoint.to_string() };
+        let wrong_key = || ConnectError::WrongKey { addr: self.shown.to_owned() };
         let (initiator, message) = Initiator::start(self.target.secret, &self.target.coordinator, self.purpose, &offer)
             .map_err(|_| wrong_key())?;
-        let cut = |e: WsError| self.not_a_coordinator(format!("the connection broke during the handshake ({e})"));
+        let cut = |e: WsError| {
+            let how = pump::broken(e);
+            self.not_a_coordinator(format!("the handshake was not finished: {how}"))
+        };
         ws.send(Message::Binary(message.into())).await.map_err(cut)?;
         let reply = loop {
             match ws.next().await {

@@ -1,9 +1,11 @@
 //! What goes wrong with links, as sentences for people.
 
+use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::link::noise::NoiseError;
+use crate::link::proxy::ProxyFailure;
 use crate::wire::local::Problem;
 
 /// Which side has the older program.
@@ -25,6 +27,24 @@ pub enum ConnectError {
         url: String,
         /// What is wrong with it.
         why: String,
+    },
+    /// A proxy's URL cannot be used.
+    #[error("the proxy {shown:?} cannot be used: {why}")]
+    BadProxy {
+        /// The URL without credentials.
+        shown: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The proxy does not connect to the coordinator.
+    #[error("{}", .failure.sentence(.proxy, .target))]
+    Proxy {
+        /// The proxy's URL without credentials.
+        proxy: String,
+        /// What it was asked to reach, `host:port`.
+        target: String,
+        /// What it does instead.
+        failure: ProxyFailure,
     },
     /// The host name does not resolve.
     #[error("the coordinator's name {host:?} cannot be resolved: {cause}")]
@@ -100,6 +120,8 @@ impl ConnectError {
     pub const fn code(&self) -> &'static str {
         match self {
             Self::BadUrl { .. } => "coordinator-url",
+            Self::BadProxy { .. } => "proxy-url",
+            Self::Proxy { failure, .. } => failure.code(),
             Self::DnsFailed { .. } => "coordinator-dns",
             Self::Unreachable { .. } => "coordinator-unreachable",
             Self::TlsFailed { .. } => "coordinator-tls",
@@ -116,6 +138,10 @@ impl ConnectError {
     pub const fn hint(&self) -> &'static str {
         match self {
             Self::BadUrl { .. } => "ask for a new token; the coordinator's --public-url decides what tokens carry",
+            Self::BadProxy { .. } => {
+                "write http://NAME:PASSWORD@HOST:PORT or socks5://…; `meshd up --proxy none` goes without, whatever the environment says"
+            }
+            Self::Proxy { failure, .. } => failure.hint(),
             Self::DnsFailed { .. } => "check this machine's DNS and the host name in the coordinator's --public-url",
             Self::Unreachable { .. } => {
                 "check that `meshd coordinator` runs there, that its port is open in firewalls, and this machine's network"
@@ -140,13 +166,14 @@ impl ConnectError {
     #[must_use]
     pub const fn may_pass(&self) -> bool {
         match self {
-            Self::DnsFailed { .. }
+            Self::Proxy { .. }
+            | Self::DnsFailed { .. }
             | Self::Unreachable { .. }
             | Self::TlsFailed { .. }
             | Self::NotACoordinator { .. }
             | Self::Unavailable { .. }
             | Self::TimedOut { .. } => true,
-            Self::BadUrl { .. } | Self::WrongKey { .. } | Self::Version { .. } => false,
+            Self::BadUrl { .. } | Self::BadProxy { .. } | Self::WrongKey { .. } | Self::Version { .. } => false,
         }
     }
 }
@@ -194,5 +221,28 @@ pub enum LinkError {
 impl From<NoiseError> for LinkError {
     fn from(e: NoiseError) -> Self {
         Self::Protocol(e.to_string())
+    }
+}
+
+/// What a system or TLS error means to a person, without the libraries' advice to programmers.
+pub(super) fn plainly(e: &io::Error) -> String {
+    match e.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe => "it was cut off".to_owned(),
+        io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted => "it was reset".to_owned(),
+        io::ErrorKind::TimedOut => "the other side does not answer".to_owned(),
+        _ => e.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cut_connection_is_said_without_advice_to_programmers() {
+        let advice = "peer closed connection without sending TLS close_notify: https://docs.rs/…";
+        assert_eq!(plainly(&io::Error::new(io::ErrorKind::UnexpectedEof, advice)), "it was cut off");
+        assert_eq!(plainly(&io::ErrorKind::ConnectionReset.into()), "it was reset");
+        assert_eq!(plainly(&io::Error::other("strange")), "strange");
     }
 }

@@ -8,7 +8,7 @@
 //! Both begin with the same Noise_IK handshake, in which the coordinator proves the key that the node's token names and
 //! the node proves its control key. [`noise`] is that protocol as pure code; `connect` and `accept` are its two ends;
 //! `pump` moves messages and notices a dead peer; `control` and `relay` are what the two kinds of link look like
-//! afterwards. Dropping either half of a link ends it.
+//! afterwards. [`proxy`] goes through an HTTP or SOCKS5 proxy on the way. Dropping either half of a link ends it.
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
@@ -18,6 +18,7 @@ mod control;
 mod endpoint;
 mod error;
 pub mod noise;
+pub mod proxy;
 mod pump;
 mod relay;
 mod tls;
@@ -28,6 +29,7 @@ pub use control::{ControlLink, ControlReceiver, ControlSender};
 pub use endpoint::Endpoint;
 pub use error::{ConnectError, LinkError, Upgrade};
 pub use noise::{Purpose, public_key};
+pub use proxy::{Proxies, ProxySetting};
 pub use pump::{Keepalive, close};
 pub use relay::{MAX_RELAY_MESSAGE, RelayLink, RelayReceiver, RelaySender};
 

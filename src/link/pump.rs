@@ -23,7 +23,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error as WsError, Message};
 
-use crate::link::error::LinkError;
+use crate::link::error::{LinkError, plainly};
 
 /// WebSocket close codes. Those from 4000 on are meshd's (RFC 6455 section 7.4.2 leaves them to applications).
 pub mod close {
@@ -354,11 +354,12 @@ pub(super) fn closed(frame: Option<CloseFrame>) -> LinkError {
     clippy::wildcard_enum_match_arm,
     reason = "another crate's errors; what is not named here broke the connection"
 )]
-fn broken(e: WsError) -> LinkError {
+pub(super) fn broken(e: WsError) -> LinkError {
     match e {
         WsError::Capacity(e) => LinkError::Protocol(e.to_string()),
         WsError::Protocol(ProtocolError::ResetWithoutClosingHandshake) => LinkError::Broken("it was cut off".into()),
         WsError::Protocol(e) => LinkError::Protocol(e.to_string()),
+        WsError::Io(e) => LinkError::Broken(plainly(&e)),
         e => LinkError::Broken(e.to_string()),
     }
 }

@@ -21,21 +21,23 @@ use crate::trust::keys::Secret32;
 use crate::wire::control::MAX_MESSAGE;
 use crate::wire::version::VersionRange;
 
-const COORDINATOR: [u8; 32] = [2; 32];
+pub(super) const COORDINATOR: [u8; 32] = [2; 32];
 const NODE: [u8; 32] = [1; 32];
 const DEADLINE: Duration = Duration::from_secs(20);
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
-struct Note {
+pub(super) struct Note {
     text: String,
 }
 
-fn note(text: &str) -> Note {
+pub(super) fn note(text: &str) -> Note {
     Note { text: text.into() }
 }
 
 /// Serves one TCP connection with `serve`.
-async fn one_connection<F, R>(serve: impl FnOnce(TcpStream) -> F + Send + 'static) -> (SocketAddr, JoinHandle<R>)
+pub(super) async fn one_connection<F, R>(
+    serve: impl FnOnce(TcpStream) -> F + Send + 'static,
+) -> (SocketAddr, JoinHandle<R>)
 where
     F: Future<Output = R> + Send + 'static,
     R: Send + 'static,
@@ -52,28 +54,29 @@ async fn upgraded(tcp: TcpStream) -> TcpStream {
     tokio_tungstenite::accept_async(tcp).await.unwrap().into_inner()
 }
 
-async fn serve_control(tcp: TcpStream) -> Result<(Peer, ControlLink), AcceptError> {
+pub(super) async fn serve_control(tcp: TcpStream) -> Result<(Peer, ControlLink), AcceptError> {
     accept_control(upgraded(tcp).await, &Secret32::new(COORDINATOR), (None, None)).await
 }
 
-async fn within<T>(what: impl Future<Output = T>) -> T {
+pub(super) async fn within<T>(what: impl Future<Output = T>) -> T {
     timeout(DEADLINE, what).await.expect("took too long")
 }
 
-struct Node {
+pub(super) struct Node {
     secret: Secret32,
 }
 
 impl Node {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { secret: Secret32::new(NODE) }
     }
 
-    fn target(&self, url: String, key: [u8; 32]) -> Target<'_> {
+    pub(super) fn target(&self, url: String, key: [u8; 32]) -> Target<'_> {
         Target {
             url,
             coordinator: public_key(&Secret32::new(key)),
             secret: &self.secret,
+            proxies: &proxy::DIRECT,
             timeout: Duration::from_secs(8),
         }
     }

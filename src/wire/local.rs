@@ -204,6 +204,12 @@ pub struct StatusCoordinator {
     /// What carries relayed packets now: `udp` or `websocket`; null: nothing.
     #[serde(default)]
     pub relay: Option<String>,
+    /// The proxy on the way there, as a URL without credentials; null: none.
+    #[serde(default)]
+    pub proxy: Option<String>,
+    /// Why there is no connection; null: there is one, or none was tried yet.
+    #[serde(default)]
+    pub problem: Option<Problem>,
 }
 
 /// What is known of the NAT.

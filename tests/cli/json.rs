@@ -88,6 +88,12 @@ fn status() -> Status {
             last_heard_s: Some(75.4),
             relay_connected: false,
             relay: None,
+            proxy: Some("http://proxy.example.org:3128".to_owned()),
+            problem: Some(Problem {
+                code: "proxy-auth-needed".to_owned(),
+                text: "the proxy wants a name and a password".to_owned(),
+                hint: "give them".to_owned(),
+            }),
         },
         nat: StatusNat {
             udp: Some(true),

@@ -172,6 +172,7 @@ impl Icmp {
 pub struct Coordinator {
     pub node: Node,
     process: Child,
+    port: u16,
     args: Vec<String>,
 }
 
@@ -183,26 +184,37 @@ impl Coordinator {
 
     /// The same under another URL.
     pub fn start_at(internet: &Segment, url: &str) -> Result<Self> {
+        Self::start_listening(internet, url, 8443)
+    }
+
+    /// The same on another TCP port.
+    pub fn start_listening(internet: &Segment, url: &str, port: u16) -> Result<Self> {
         let namespace = internet.host("coord", 10)?;
         namespace.ip(&format!("addr add {}/24 dev eth0", internet.v4(11)))?;
         namespace.ip(&format!("addr add {}/64 dev eth0 nodad", internet.v6(11)))?;
         // RFC 5780: two addresses with two ports each, or filtering behaviour cannot be told.
         let (first, second) = ((internet.v4(10), internet.v6(10)), (internet.v4(11), internet.v6(11)));
         let addresses = [first, second].map(|(v4, v6)| format!("{v4}:3478,{v4}:3479,[{v6}]:3478,[{v6}]:3479"));
-        Self::start_on(Node::new("coord", namespace), &["--public-url", url, "--stun-listen", &addresses.join(",")])
+        let args = ["--public-url", url, "--stun-listen", &addresses.join(",")];
+        Self::start_with(Node::new("coord", namespace), port, &args)
     }
 
     pub fn start_on(node: Node, args: &[&str]) -> Result<Self> {
+        Self::start_with(node, 8443, args)
+    }
+
+    /// On a TCP port, with nothing but these arguments.
+    pub fn start_with(node: Node, port: u16, args: &[&str]) -> Result<Self> {
         fs::create_dir_all(HOME)?;
         let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
-        let process = Self::spawn(&node, &args)?;
-        let mut coordinator = Self { node, process, args };
+        let process = Self::spawn(&node, port, &args)?;
+        let mut coordinator = Self { node, process, port, args };
         coordinator.wait()?;
         Ok(coordinator)
     }
 
-    fn spawn(node: &Node, args: &[String]) -> Result<Child> {
-        let mut command = node.meshd(&["coordinator", "--listen", "[::]:8443"]);
+    fn spawn(node: &Node, port: u16, args: &[String]) -> Result<Child> {
+        let mut command = node.meshd(&["coordinator", "--listen", &format!("[::]:{port}")]);
         command.args(args);
         node.namespace.spawn(&mut command, &Path::new(HOME).join("coordinator.log"))
     }
@@ -213,7 +225,7 @@ impl Coordinator {
             if let Some(status) = self.process.try_wait()? {
                 bail!("the coordinator ended ({status})");
             }
-            let address = "127.0.0.1:8443".parse()?;
+            let address = std::net::SocketAddr::from(([127, 0, 0, 1], self.port));
             let limit = Duration::from_secs(1);
             let connected = self.node.namespace.enter(|| std::net::TcpStream::connect_timeout(&address, limit))?;
             Ok(connected.ok().map(drop))
@@ -233,7 +245,7 @@ impl Coordinator {
 
     /// Starts it again after [`Coordinator::kill`].
     pub fn restart(&mut self) -> Result<()> {
-        self.process = Self::spawn(&self.node, &self.args)?;
+        self.process = Self::spawn(&self.node, self.port, &self.args)?;
         self.wait()
     }
 }

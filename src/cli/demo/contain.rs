@@ -31,12 +31,15 @@ use nix::unistd::{Pid, dup2_stderr, dup2_stdout, getgid, getuid, setsid};
 const ROLE: &str = "MESHD_CONTAINED";
 
 /// Environment variables that programs started inside must not inherit: the settings of the person who started it all.
-pub const NOT_INHERITED: [&str; 9] = [
+pub const NOT_INHERITED: [&str; 12] = [
     ROLE,
     "MESHD_STATE_DIR",
     "MESHD_COORDINATOR_STATE_DIR",
     "MESHD_SOCKET",
     "MESHD_TOKEN",
+    "MESHD_PROXY",
+    "NO_PROXY",
+    "no_proxy",
     "HTTPS_PROXY",
     "https_proxy",
     "ALL_PROXY",

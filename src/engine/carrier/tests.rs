@@ -146,6 +146,24 @@ impl Rig {
 }
 
 #[test]
+fn at_the_start_udp_is_there_when_the_websocket_is_late() {
+    let mut rig = Rig::new();
+    rig.carrier = Carrier::new();
+    rig.carrier.peer(PeerId(1), PEER);
+    rig.relay.clear();
+    rig.carrier.control(true, rig.now);
+    rig.pass(Duration::from_millis(140), None);
+    assert_eq!((rig.opens, rig.relay.as_slice()), (0, &[][..]), "the WebSocket's head start");
+    rig.pass(Duration::from_millis(100), None);
+    assert_eq!((rig.opens, rig.relay.as_slice()), (1, &[true][..]));
+    assert_eq!(rig.carrier.carries(), Some(Carries::Udp));
+    // In time, it is enough: nothing is asked for before there is something to relay.
+    let mut rig = Rig::new();
+    rig.pass(Duration::from_secs(60), None);
+    assert_eq!(rig.opens, 0);
+}
+
+#[test]
 fn an_idle_node_sends_nothing_and_has_the_websocket() {
     let mut rig = Rig::new();
     rig.quiet(3_600);

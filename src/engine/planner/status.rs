@@ -71,6 +71,8 @@ impl Planner {
                 relay_connected: self.relay_up,
                 // The shell knows.
                 relay: None,
+                proxy: None,
+                problem: None,
                 url,
             },
             nat: StatusNat {

@@ -10,6 +10,7 @@ mod interop;
 mod join;
 mod mistakes;
 mod paths;
+mod proxy;
 mod relay;
 mod secrecy;
 mod stun;
@@ -23,6 +24,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(paths::cases());
     cases.extend(healing::cases());
     cases.extend(relay::cases());
+    cases.extend(proxy::cases());
     cases.extend(hard::cases());
     cases.extend(daemon::cases());
     cases.extend(coordinator::cases());

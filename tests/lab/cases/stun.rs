@@ -103,7 +103,7 @@ fn third_party() -> Result<()> {
     ensure(good, || format!("no sentence: {said:?}"))
 }
 
-fn installed(program: &str) -> bool {
+pub(super) fn installed(program: &str) -> bool {
     ["/usr/bin", "/usr/sbin", "/bin", "/usr/local/bin"].iter().any(|place| Path::new(place).join(program).is_file())
 }
 
