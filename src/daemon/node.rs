@@ -32,7 +32,7 @@ use crate::daemon::relay_carrier::{self, RelayCarrier};
 use crate::daemon::relay_thread::{self, Delivery};
 use crate::daemon::settings::{Settings, SettingsDesk};
 use crate::daemon::stop::{Reason, Stopper};
-use crate::daemon::store::{Endpoint, State, Store};
+use crate::daemon::store::{Endpoint, Joined, State, Store};
 use crate::daemon::watch::{self as surroundings, Known, NetworkWatch};
 use crate::daemon::worker::{self, Worker};
 use crate::daemon::{Options, UpReport, control_link, problem};
@@ -212,6 +212,7 @@ impl Node {
             port_v4: Some(port),
             port_v6: sockets.without_v6().is_none().then_some(port),
             last_endpoints: state.endpoints.iter().map(|e| (e.peer, e.address)).collect(),
+            worked: state.worked.iter().map(Joined::known).collect(),
             seed: rand::random(),
             first_number: wall_micros().max(latest),
             limits,
@@ -304,6 +305,7 @@ impl Node {
 
         // Everything around them.
         let to_store = Arc::new(ToStore::default());
+        *to_store.worked.lock() = state.worked.iter().map(Joined::known).collect();
         *to_store.endpoints.lock() = state.endpoints.iter().map(|e| (e.peer, e.address)).collect();
         let (routes, _) = watch::channel(RoutePlan::default());
         let (_, shadowed) = watch::channel(BTreeMap::new());
@@ -470,6 +472,7 @@ impl Node {
         let endpoints: BTreeMap<_, _> = self.to_store.endpoints.lock().clone();
         let state = State {
             endpoints: endpoints.into_iter().map(|(peer, address)| Endpoint { peer, address }).collect(),
+            worked: self.to_store.worked.lock().iter().map(Joined::kept).collect(),
             latest_wall: self.state.latest_wall.max(clock::wall()),
             adverts: self.to_store.adverts.lock().values().cloned().collect(),
             ..self.state.clone()

@@ -16,7 +16,7 @@ use crate::daemon::health::Health;
 use crate::daemon::relay_thread::RelayHandle;
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Event, Input, Notice, Output, Path, RoutePlan, SocketId, Update, Via};
-use crate::engine::planner::Planner;
+use crate::engine::planner::{Planner, Worked};
 use crate::os::clock::{self, Alarm};
 use crate::os::extra::Opened;
 use crate::os::udp::{SendError, UdpSockets};
@@ -92,6 +92,7 @@ pub(super) struct ToStore {
     pub(super) records: Mutex<Vec<SignedRecord>>,
     pub(super) endpoints: Mutex<BTreeMap<WgKey, SocketAddr>>,
     pub(super) adverts: Mutex<BTreeMap<IdentityKey, SignedAdvert>>,
+    pub(super) worked: Mutex<Vec<Worked>>,
     /// Rings when there are records.
     pub(super) records_changed: Notify,
     /// Rings when there is a new endpoint or advertisement.
@@ -308,6 +309,7 @@ impl Driver {
                 tracing::debug!(peer = ?key, ?address, "path changed");
                 if let (Path::Direct { .. }, Some(address)) = (path, address) {
                     self.w.store.endpoints.lock().insert(*key, address);
+                    *self.w.store.worked.lock() = self.w.planner.worked();
                     self.w.store.endpoints_changed.notify_one();
                 }
             }

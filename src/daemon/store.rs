@@ -6,7 +6,7 @@
 //! join.json      a join that was sent but not yet answered           gone once it is answered
 //! network.json   network id, coordinator, how it was joined          its presence means: joined
 //! records.jsonl  accepted records, one a line                        only appended to
-//! state.json     UDP port, last endpoints, advertisements, clock      replaced
+//! state.json     UDP port, last endpoints, what joined networks, advertisements, clock      replaced
 //! settings.json  what a person set the node up to do                  replaced
 //! lock           flock: one daemon for each directory
 //! meshd.log      what a daemon in the background says
@@ -17,7 +17,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,6 +28,7 @@ use zeroize::Zeroizing;
 
 use crate::daemon::problem;
 use crate::daemon::settings::Settings;
+use crate::engine::planner::Worked;
 use crate::os::clock;
 use crate::os::lock::{DirLock, LockError};
 use crate::os::process;
@@ -91,6 +92,9 @@ pub struct State {
     /// Where peers were reached last.
     #[serde(default)]
     pub endpoints: Vec<Endpoint>,
+    /// What joined this node's networks with peers', the oldest first.
+    #[serde(default)]
+    pub worked: Vec<Joined>,
     /// The latest wall clock seen, to notice a clock that was set back.
     #[serde(default)]
     pub latest_wall: UnixSeconds,
@@ -106,6 +110,30 @@ pub struct Endpoint {
     pub peer: WgKey,
     /// Where it was reached directly.
     pub address: SocketAddr,
+}
+
+/// How two networks were joined ([`Worked`]).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Joined {
+    /// With whom.
+    pub peer: WgKey,
+    /// The outside address of this node's network.
+    pub here: IpAddr,
+    /// Of the peer's.
+    pub there: IpAddr,
+    /// How many rounds had failed before.
+    pub attempt: u8,
+}
+
+impl Joined {
+    pub(super) const fn kept(worked: &Worked) -> Self {
+        let Worked { peer, here, there, attempt } = *worked;
+        Self { peer, here, there, attempt }
+    }
+
+    pub(super) const fn known(&self) -> Worked {
+        Worked { peer: self.peer, here: self.here, there: self.there, attempt: self.attempt }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -627,6 +655,11 @@ mod tests {
         fs::metadata(path).unwrap().permissions().mode() & 0o777
     }
 
+    fn joined() -> Joined {
+        let (here, there) = ([203, 0, 113, 1].into(), [198, 51, 100, 7].into());
+        Joined { peer: WgKey([7; 32]), here, there, attempt: 2 }
+    }
+
     #[test]
     fn everything_written_is_private_and_comes_back() {
         let dir = tempfile::tempdir().unwrap();
@@ -642,7 +675,16 @@ mod tests {
             store.joined(&network(), &[record(1)]).unwrap();
             store.record_log().append(&[record(2), record(3)]).unwrap();
             let endpoints = vec![Endpoint { peer: WgKey([9; 32]), address: "192.0.2.1:5".parse().unwrap() }];
-            store.keep_state(&State { v: 1, port: 40_000, endpoints, latest_wall: 5, adverts: vec![] }).unwrap();
+            store
+                .keep_state(&State {
+                    v: 1,
+                    port: 40_000,
+                    endpoints,
+                    worked: vec![joined()],
+                    latest_wall: 5,
+                    adverts: vec![],
+                })
+                .unwrap();
             let proxy = ProxySetting::parse("http://ann:secret@proxy:3128").unwrap();
             store.settings_file().keep(&Settings { proxy, ..Settings::default() }).unwrap();
         }

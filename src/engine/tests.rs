@@ -221,6 +221,7 @@ impl Pair {
                     port_v4: Some(7000),
                     port_v6: None,
                     last_endpoints: Vec::new(),
+                    worked: Vec::new(),
                     seed: [u8::try_from(number).unwrap(); 32],
                     first_number: 1,
                     limits: Limits::default(),

@@ -11,6 +11,8 @@ use meshd::trust::keys::NodeKeys;
 use meshd::trust::record::{Member, Record, RevokeTarget, SignedRecord, member_ipv6};
 use meshd::wire::control::{ToNode, log_head};
 use meshd::wire::keys::Digest32;
+use meshd::wire::probe::{self, ProbeKeys};
+use meshd::wire::stun::TransactionId;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 
@@ -26,6 +28,8 @@ named_runs! {
     bad_bytes => bad_bytes,
     replays => replays,
     reflections => reflections,
+    probes_for_a_third_party => probes_for_a_third_party,
+    forged_probes => forged_probes,
     junk_flood => junk_flood,
     handshake_flood => handshake_flood,
     stranger => stranger,
@@ -177,6 +181,71 @@ fn reflections(seed: u64) {
     stage.sim.run_for(Duration::from_secs(1));
     assert!(stage.dropped(Drop::UnknownIndex) > 0);
     stage.undisturbed();
+}
+
+/// Probes that the peer really sent are sent again, a hundred a second, as if they came from somebody who has nothing to do with
+/// it: what that one gets because of us is three datagrams a second at most, no longer than what was sent.
+fn probes_for_a_third_party(seed: u64) {
+    let mut stage = stage("probes_for_a_third_party", seed, 400);
+    stage.sim.run_for(Duration::from_secs(17));
+    let probes = stage.seen("probe");
+    assert!(!probes.is_empty(), "the keepalive's, at least");
+    let longest = probes.iter().map(|p| p.bytes.len()).max().unwrap();
+    let victim: SocketAddr = "198.51.100.222:4444".parse().unwrap();
+    let mut hits = Vec::new();
+    for tick in 0..500 {
+        stage.throw(victim, probes[tick % probes.len()].bytes.clone());
+        stage.sim.run_for(Duration::from_millis(10));
+        let now = stage.sim.now();
+        for seen in stage.sim.world.tapped().iter().filter(|t| t.destination.ip() == victim.ip()) {
+            assert!(seen.bytes.len() <= longest.max(1_312), "{} bytes", seen.bytes.len());
+            hits.push(now);
+        }
+    }
+    assert!(!hits.is_empty(), "a probe is answered: the peer may have moved there");
+    for window in hits.windows(4) {
+        assert!(window[3].since(window[0]) >= Duration::from_millis(980), "{window:?}");
+    }
+    assert!(stage.dropped(Drop::Polite) > 100, "{}", stage.dropped(Drop::Polite));
+    stage.undisturbed();
+}
+
+/// Probes and answers made by somebody without the keys: for the right receiver, with its name, and as answers to the probes that
+/// are really under way. None is answered, none proves anything, each is counted.
+fn forged_probes(seed: u64) {
+    let mut stage = stage("forged_probes", seed, 400);
+    let outsider = NodeKeys::generate(&mut StdRng::seed_from_u64(seed));
+    let (of_a, of_b) = (stage.sim.node(stage.a).wg, stage.sim.node(stage.b).wg);
+    let keys = ProbeKeys::derive(&outsider.wg, &of_b, &of_a).unwrap();
+    stage.sim.run_for(Duration::from_secs(17));
+    let genuine = stage.seen("probe").pop().unwrap();
+    let mine = stage.sim.world.tapped();
+    let elsewhere: SocketAddr = "198.51.100.223:5555".parse().unwrap();
+    let before = stage.dropped(Drop::BadProbe) + stage.dropped(Drop::UnknownProbe);
+    for n in 0..50u8 {
+        let txid = TransactionId([n; 12]);
+        // The name of the receiver is no secret: it is in every genuine probe.
+        let mut forged = probe::encode_request(&keys, &txid, None);
+        let (from, to) = (name_at(&forged), name_at(&genuine.bytes));
+        let name = genuine.bytes[to..to + 16].to_vec();
+        forged[from..from + 16].copy_from_slice(&name);
+        stage.throw(elsewhere, forged);
+        stage.throw(elsewhere, probe::encode_request(&keys, &txid, Some(1_312)));
+    }
+    for seen in mine.iter().filter(|t| label(&t.bytes) == "probe") {
+        let Some(txid) = probe::transaction_id(&seen.bytes) else { continue };
+        stage.throw(seen.destination, probe::encode_response(&keys, &txid, elsewhere, None));
+    }
+    stage.sim.run_for(Duration::from_secs(1));
+    assert!(stage.dropped(Drop::BadProbe) + stage.dropped(Drop::UnknownProbe) - before >= 50, "each is counted");
+    assert_eq!(stage.sim.node(stage.a).sent_to.get(&elsewhere), None, "no answer");
+    stage.undisturbed();
+}
+
+/// Where the receiver's name is in a probe: the value of USERNAME, the first attribute.
+fn name_at(probe: &[u8]) -> usize {
+    assert_eq!(probe[20..22], [0, 6], "USERNAME comes first");
+    24
 }
 
 /// Ten thousand datagrams a second of nothing in particular, for two seconds.

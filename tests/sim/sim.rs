@@ -12,7 +12,7 @@ use meshd::coord::relay_hub::RelayConn;
 use meshd::engine::drops::Drop as Reason;
 use meshd::engine::io::{Command, Event as NodeEvent, Input, LocalAddress, Notice, Path, RouteWish, SocketId, Via};
 use meshd::engine::netcheck::{Netcheck, SocketSlot};
-use meshd::engine::planner::{Config, Limits, ShellStatus};
+use meshd::engine::planner::{Config, Limits, ShellStatus, Worked};
 use meshd::time::{Now, UnixSeconds};
 use meshd::trust::founding::{Terms, found, invite_record, member_record, network_id};
 use meshd::trust::keys::{NodeKeys, Secret32};
@@ -87,6 +87,8 @@ pub(crate) struct Node {
     port: u16,
     /// Where it thinks peers are, kept over restarts.
     last_endpoints: BTreeMap<WgKey, SocketAddr>,
+    /// What joined networks, kept over restarts.
+    pub(crate) worked: Vec<Worked>,
     /// The record file.
     pub(crate) store: Vec<SignedRecord>,
     life: u32,
@@ -296,6 +298,7 @@ impl Sim {
             v6: member_ipv6(net.ipv6, &keys.identity_key()).into(),
             port,
             last_endpoints: BTreeMap::new(),
+            worked: Vec::new(),
             store: net.log.clone(),
             life: 0,
             machines: None,
@@ -371,6 +374,7 @@ impl Sim {
             port_v4: Some(n.port),
             port_v6: Some(n.port),
             last_endpoints: n.last_endpoints.iter().map(|(k, a)| (*k, *a)).collect(),
+            worked: n.worked.clone(),
             seed: bytes,
             first_number: WALL * 1_000_000 + now.0,
             limits: self.limits,
@@ -396,6 +400,7 @@ impl Sim {
         let now = self.world.now();
         let n = &mut self.nodes[node.0];
         if let Some(machines) = n.machines.take() {
+            n.worked = machines.planner.worked();
             n.store.extend(machines.persisted);
         }
         n.life += 1;
@@ -405,6 +410,11 @@ impl Sim {
             self.world.at(now + delay, Event::Closed(link, connection.number));
         }
         self.note(node, "is killed");
+    }
+
+    /// Its disk has lost what joined networks, and where peers were.
+    pub(crate) fn forget_what_worked(&mut self, node: NodeRef) {
+        self.nodes[node.0].worked.clear();
     }
 
     // ---- what happens to a node ----

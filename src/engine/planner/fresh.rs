@@ -1,10 +1,10 @@
-//! Rounds from a fresh port, and what joined two networks before.
+//! Rounds from a fresh port.
 //!
 //! A router whose own firewall accepts what nobody asked for takes the port pair of an early probe for its own, and keeps it
 //! while anybody sends to it. A fresh port on both sides is not affected (nat.md, finding 3).
 
-use std::collections::{BTreeMap, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::engine::io::{Output, PeerId, SocketId, Via};
@@ -15,8 +15,6 @@ use crate::wire::stun::{self, Change, TransactionId};
 
 /// A fresh port is there and seen by a STUN server within this time, or the round does without.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// Pairs of networks remembered.
-const REMEMBERED: usize = 64;
 
 /// A port being prepared.
 #[derive(Debug)]
@@ -115,59 +113,5 @@ impl Planner {
             talk.fresh_addresses = seen;
         }
         self.release_sockets(id);
-    }
-
-    // ---- memory --------------------------------------------------------------------------------------------------
-
-    /// A direct path was found: remember at which attempt.
-    pub(super) fn remember_success(&mut self, id: PeerId) {
-        let Some(networks) = self.networks_of(id) else { return };
-        let Some(attempt) = self.peer(id).and_then(|p| p.talk.as_deref()).map(|t| t.agent.worked_at()) else { return };
-        self.memory.insert(networks, attempt, self.now);
-    }
-
-    /// The attempt that worked before between this network and the peer's, if any.
-    pub(super) fn worked_before(&self, id: PeerId) -> Option<usize> {
-        self.memory.0.get(&self.networks_of(id)?).map(|(attempt, _)| *attempt)
-    }
-
-    /// The outside addresses of both.
-    fn networks_of(&self, id: PeerId) -> Option<(IpAddr, IpAddr)> {
-        let mine = self.reflexive.addresses().into_iter().find(SocketAddr::is_ipv4)?;
-        let theirs = self.peer(id)?.talk.as_deref()?.target?;
-        Some((mine.ip(), theirs.ip()))
-    }
-}
-
-/// For pairs of networks, by their outside addresses: which attempt joined them, and when that was learned.
-#[derive(Debug, Default)]
-pub(super) struct Memory(BTreeMap<(IpAddr, IpAddr), (usize, Now)>);
-
-impl Memory {
-    fn insert(&mut self, networks: (IpAddr, IpAddr), attempt: usize, now: Now) {
-        self.0.insert(networks, (attempt, now));
-        if self.0.len() > REMEMBERED {
-            let oldest = self.0.iter().min_by_key(|(_, (_, at))| *at).map(|(networks, _)| *networks);
-            oldest.and_then(|networks| self.0.remove(&networks));
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_oldest_of_too_many_networks_is_forgotten() {
-        let mut memory = Memory::default();
-        let pair = |n: u8| (IpAddr::from([203, 0, 113, 1]), IpAddr::from([198, 51, 100, n]));
-        for n in 0..=64 {
-            memory.insert(pair(n), usize::from(n), Now(u64::from(n)));
-        }
-        assert_eq!(memory.0.len(), REMEMBERED);
-        assert!(!memory.0.contains_key(&pair(0)) && memory.0.contains_key(&pair(64)));
-        memory.insert(pair(1), 7, Now(99));
-        memory.insert(pair(200), 7, Now(100));
-        assert!(memory.0.contains_key(&pair(1)) && !memory.0.contains_key(&pair(2)));
     }
 }

@@ -7,7 +7,8 @@
 //! | `control.rs` | the coordinator's messages; records through the ledger; health of that relation |
 //! | `sessions.rs` | handshakes, timers of WireGuard sessions, when a peer counts as in use |
 //! | `paths.rs` | candidates, rounds, probes; carries out what path agents decide |
-//! | `fresh.rs` | rounds from a fresh port, and what joined two networks before |
+//! | `fresh.rs` | rounds from a fresh port |
+//! | `memory.rs` | what joined two networks before |
 //! | `heavy.rs` | punches with many sockets or ports |
 //! | `limits.rs` | politeness: how much may be sent into the unknown |
 //! | `stun.rs` | the node's own addresses and its NAT |
@@ -20,6 +21,7 @@ mod control;
 mod fresh;
 mod heavy;
 mod limits;
+mod memory;
 mod paths;
 mod pings;
 mod routes;
@@ -60,6 +62,7 @@ use crate::wire::nat::Mapper;
 use crate::wire::probe::ProbeKeys;
 
 pub use limits::{Limits, MOST_SOCKETS};
+pub use memory::{REMEMBERED, Worked};
 pub use status::ShellStatus;
 
 /// What a planner needs from the start.
@@ -77,6 +80,8 @@ pub struct Config {
     pub port_v6: Option<u16>,
     /// Where peers were last reached directly.
     pub last_endpoints: Vec<(WgKey, SocketAddr)>,
+    /// What joined networks in earlier runs ([`Planner::worked`]).
+    pub worked: Vec<Worked>,
     /// Everything random in the planner comes from this.
     pub seed: [u8; 32],
     /// Greater than any number sent in a sealed message before; the wall clock in microseconds does.
@@ -162,7 +167,7 @@ pub struct Planner {
     politeness: limits::Politeness,
     heavy: Option<heavy::HeavyPunch>,
     fresh: Option<fresh::FreshPort>,
-    memory: fresh::Memory,
+    memory: memory::Memory,
     /// Sockets besides the two main ones, asked for or open, and for whom.
     extra: BTreeMap<SocketId, PeerId>,
     next_socket: u16,
@@ -231,7 +236,7 @@ impl Planner {
             politeness: limits::Politeness::new(config.limits, now),
             heavy: None,
             fresh: None,
-            memory: fresh::Memory::default(),
+            memory: memory::Memory::restored(config.worked),
             extra: BTreeMap::new(),
             next_socket: SocketId::V6.0,
             port_mapping: None,

@@ -9,6 +9,8 @@ mod table;
 
 use std::time::Duration;
 
+pub(crate) use cell::stage_with;
+
 /// Runs the one pair that a replay names.
 pub(crate) fn replay(scenario: &str) -> String {
     format!("{:?}", cell::run(&scenario.parse().unwrap(), Duration::from_secs(8)))

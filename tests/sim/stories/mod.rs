@@ -21,6 +21,7 @@ mod quiet_roam;
 mod quiet_spell;
 mod rekey;
 mod relay_dies_while_direct;
+mod restart_remembers;
 mod restart_without_coordinator;
 mod revoked;
 mod roam;
@@ -50,6 +51,7 @@ named_runs! {
     quiet_spell => quiet_spell::run,
     rekey => rekey::run,
     relay_dies_while_direct => relay_dies_while_direct::run,
+    restart_remembers => restart_remembers::run,
     restart_without_coordinator => restart_without_coordinator::run,
     revoked => revoked::run,
     roam => roam::run,

@@ -43,6 +43,7 @@ impl Desk {
             port_v4: Some(7000),
             port_v6: None,
             last_endpoints: Vec::new(),
+            worked: Vec::new(),
             seed: [1; 32],
             first_number: 1,
             adverts: Vec::new(),
