@@ -9,11 +9,13 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::daemon::problem;
+use crate::engine::path::mtu::BASE;
 use crate::os::netlink::{InterfaceAddress, Netlink, NoIpv6, Route};
 use crate::wire::local::Problem;
 
-/// The tunnel's MTU: the least that IPv6 allows (RFC 8200 section 5), so that it fits every path with room for our headers.
-pub const MTU: u32 = 1280;
+/// The interface's MTU at first: the least that IPv6 allows (RFC 8200 section 5), so that it fits every path with room for our
+/// headers. Paths that take more raise it.
+pub const MTU: u32 = BASE as u32;
 /// Routes shorter than this are ways of saying "everything" (`0.0.0.0/1`), not somebody's network.
 const SHORTEST_IPV4: u8 = 8;
 /// The same for IPv6.

@@ -38,6 +38,7 @@ use crate::daemon::worker::{self, Worker};
 use crate::daemon::{Options, UpReport, control_link, problem};
 use crate::engine::drops::Drops;
 use crate::engine::io::{Event, RoutePlan, SocketId};
+use crate::engine::path::mtu::BASE;
 use crate::engine::planner::{Config, Limits, MOST_SOCKETS, Planner, StartError};
 use crate::link::proxy::Environment;
 use crate::link::{self, Proxies};
@@ -312,6 +313,8 @@ impl Node {
         let (offers, offered) = mpsc::channel(1);
         let check = Arc::new(Notify::new());
         let known = Known::new(limits.extra_sockets);
+        let (interface_mtu, wanted_mtu) = watch::channel(BASE);
+        let mtu_keeper = surroundings::keep_mtu(netlink.clone(), own, wanted_mtu);
         let wiring = Wiring {
             planner,
             sockets,
@@ -323,6 +326,7 @@ impl Node {
             resolve: offers,
             routes,
             nudge: nudge.clone(),
+            interface_mtu,
             drops: Arc::clone(&drops),
             health: health.clone(),
         };
@@ -373,6 +377,7 @@ impl Node {
         let tasks = vec![
             tokio::spawn(Arc::clone(&api).serve(socket)),
             tokio::spawn(network_watch.run()),
+            tokio::spawn(mtu_keeper),
             tokio::spawn(resolver),
             tokio::spawn(checker),
             tokio::spawn(expelled),

@@ -272,6 +272,9 @@ impl Outbox {
         if let Some(why) = result.error {
             self.drops.add(Drop::SendFailed, result.failed as u64);
             tracing::trace!(%why, datagrams = result.failed, "datagrams were not sent");
+            if why == SendError::TooBig {
+                self.untold.push(Notice::TooLong { via: Via::Udp { socket, remote }, len: size });
+            }
             if why == SendError::Unreachable {
                 self.relay.carrier().with(|carrier| carrier.send_failed(remote, self.now));
             }

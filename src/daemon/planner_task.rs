@@ -126,6 +126,7 @@ pub(super) struct Wiring {
     /// Hears how the system is to route.
     pub(super) routes: watch::Sender<RoutePlan>,
     pub(super) nudge: Vec<Arc<Notify>>,
+    pub(super) interface_mtu: watch::Sender<u16>,
     pub(super) drops: Arc<Drops>,
     pub(super) health: Health,
 }
@@ -225,6 +226,8 @@ impl Driver {
                 Output::Prime { via, bytes, ttl } => self.prime(via, &bytes, ttl),
                 Output::OpenSockets(sockets) => self.open(&sockets),
                 Output::CloseSockets(sockets) => self.w.sockets.extra().close(&sockets),
+                // Whoever sets it may have gone, when the daemon ends.
+                Output::InterfaceMtu(mtu) => drop(self.w.interface_mtu.send(mtu)),
                 Output::Control(message) => self.control.send(message),
                 Output::Persist(records) => {
                     self.w.store.records.lock().extend(records);
@@ -258,7 +261,7 @@ impl Driver {
             Via::Relay { peer } => self.relay.urgent(peer, bytes),
             Via::Udp { socket, remote } => {
                 let sent = self.w.sockets.send(socket, &remote, &bytes);
-                self.note_sent(via, sent);
+                self.note_sent(via, bytes.len(), sent);
             }
         }
     }
@@ -267,19 +270,21 @@ impl Driver {
         // Nothing dies on the way through the relay.
         let Via::Udp { socket, remote } = via else { return };
         let sent = self.w.sockets.send_dying(socket, &remote, bytes, ttl);
-        self.note_sent(via, sent);
+        self.note_sent(via, bytes.len(), sent);
     }
 
-    fn note_sent(&mut self, via: Via, sent: Result<(), SendError>) {
+    fn note_sent(&mut self, via: Via, len: usize, sent: Result<(), SendError>) {
         match sent {
             Ok(()) => {}
             Err(SendError::Unreachable) => {
                 self.w.drops.count(Drop::SendFailed);
                 self.w.planner.handle(Input::SendFailed(via), clock::now());
             }
-            Err(SendError::Full | SendError::TooBig | SendError::Refused(_)) => {
-                self.w.drops.count(Drop::SendFailed);
+            // A question with its answer: nothing that somebody waits for was dropped.
+            Err(SendError::TooBig) => {
+                self.w.planner.handle(Input::Notice(Notice::TooLong { via, len }), clock::now());
             }
+            Err(SendError::Full | SendError::Refused(_)) => self.w.drops.count(Drop::SendFailed),
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, watch};
 
 use crate::daemon::apply::{MTU, Surroundings, range_clash};
 use crate::daemon::control_link::ControlHandle;
@@ -119,12 +119,24 @@ impl NetworkWatch {
             let text = format!("the interface {} was switched off", own.name);
             self.health.set("interface-down", Severity::Error, text, "`meshd down`, then `meshd up`, makes it anew");
         }
-        if own.mtu == MTU {
+        if own.mtu >= MTU {
             self.health.clear("mtu-changed");
         } else {
-            let text = format!("the MTU of {} was changed to {}; long packets may be lost", own.name, own.mtu);
+            let text = format!("the MTU of {} was changed to {}; the mesh has no IPv6 below {MTU}", own.name, own.mtu);
             let hint = format!("`sudo ip link set {} mtu {MTU}`", own.name);
             self.health.set("mtu-changed", Severity::Warning, text, hint);
+        }
+    }
+}
+
+/// Lets our own interface take what paths were found to take. Runs until nobody asks any more.
+pub(super) async fn keep_mtu(netlink: Netlink, own: u32, mut wanted: watch::Receiver<u16>) {
+    while wanted.changed().await.is_ok() {
+        let mtu = u32::from(*wanted.borrow_and_update());
+        match netlink.set_mtu(own, mtu).await {
+            Ok(()) => tracing::info!(mtu, "a direct path takes longer packets: the interface's MTU was raised"),
+            // Shorter packets do.
+            Err(why) => tracing::warn!(mtu, %why, "the interface's MTU cannot be raised"),
         }
     }
 }

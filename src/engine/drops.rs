@@ -42,7 +42,7 @@ drops! {
     HandshakeTimeout = "handshake-timeout",
     /// Outbound: the peer was removed from the network while the packet waited.
     PeerGone = "peer-gone",
-    /// Outbound: the packet is larger than the tunnel carries.
+    /// Outbound: the packet is longer than the path to the peer takes; its sender is told how long it may be.
     TooBig = "too-big",
     /// Outbound: there is no path to the peer, not even a relay.
     NoPath = "no-path",

@@ -21,7 +21,7 @@ use crate::engine::traffic::Traffic;
 use crate::time::Now;
 use crate::wire::classify::{Kind, classify};
 use crate::wire::keys::WgKey;
-use crate::wire::{ip, probe, stun, wireguard};
+use crate::wire::{ip, mss, probe, stun, wireguard};
 
 /// Stands for this node itself.
 const HERE: PeerId = PeerId(u32::MAX);
@@ -52,6 +52,8 @@ struct Peer {
     roamed_to: Option<Via>,
     index: Option<u32>,
     probe_name: Option<[u8; 8]>,
+    /// What connections that the peer opens are told about the direct path.
+    clamp: Option<u16>,
 }
 
 /// The lock of the tunnel whose run of datagrams is being opened, and what is noted for its peer when the run ends.
@@ -163,8 +165,15 @@ impl Inbound {
                 match &mut self.peers[index] {
                     Some(known) => known.traffic = traffic,
                     slot @ None => {
-                        *slot =
-                            Some(Peer { key, traffic, direct: None, roamed_to: None, index: None, probe_name: None });
+                        *slot = Some(Peer {
+                            key,
+                            traffic,
+                            direct: None,
+                            roamed_to: None,
+                            index: None,
+                            probe_name: None,
+                            clamp: None,
+                        });
                     }
                 }
             }
@@ -194,6 +203,12 @@ impl Inbound {
                         Path::None | Path::Relay => None,
                     };
                     p.roamed_to = None;
+                    p.clamp = p.clamp.filter(|_| p.direct.is_some());
+                }
+            }
+            Update::Mtu { peer, size, settled } => {
+                if let Some(p) = self.peer_mut(peer) {
+                    p.clamp = settled.then_some(size);
                 }
             }
             Update::ProbeName { peer, name } => {
@@ -243,6 +258,9 @@ impl Inbound {
             // 5 queue
             match deliver {
                 Ok(()) => {
+                    if let Some(mtu) = self.peers.get(run.id.0 as usize).and_then(|p| p.as_ref()?.clamp) {
+                        mss::clamp(inner, mtu);
+                    }
                     let len = inner.len();
                     sink.tun_commit(len);
                     run.delivered += len;

@@ -116,6 +116,16 @@ pub enum Update {
         /// Where.
         path: Path,
     },
+    /// How long inner packets may be on its direct path. A new direct path starts with
+    /// [`BASE`](crate::engine::path::mtu::BASE).
+    Mtu {
+        /// Who.
+        peer: PeerId,
+        /// Bytes.
+        size: u16,
+        /// Larger ones are ruled out for now: connections that open are told.
+        settled: bool,
+    },
     /// A session may now be used for sending: flush what was staged.
     Established(PeerId),
     /// No handshake succeeded: drop what was staged.
@@ -154,6 +164,13 @@ pub enum Notice {
     Confirmed(PeerId),
     /// Data for an unknown session came through the relay from this peer: it holds a session we lost.
     UnknownIndex(WgKey),
+    /// The system does not send a datagram of so many bytes this way: it would have to be fragmented (EMSGSIZE).
+    TooLong {
+        /// The way.
+        via: Via,
+        /// UDP payload, bytes.
+        len: usize,
+    },
 }
 
 /// A port mapping granted by a router.
@@ -270,7 +287,7 @@ pub enum Command {
 /// What the planner wants done.
 #[derive(Debug, Clone)]
 pub enum Output {
-    /// Send a datagram.
+    /// Send a datagram, in one piece or not at all: [`Notice::TooLong`] if that cannot be.
     Send {
         /// How.
         via: Via,
@@ -295,6 +312,9 @@ pub enum Output {
     CloseSockets(Vec<SocketId>),
     /// Tell every data worker. Queued before any datagram that lets the peer act on it.
     Update(Update),
+    /// The network interface should take packets of this many bytes from now on: some direct path does. Only ever more than
+    /// before; it begins with [`BASE`](crate::engine::path::mtu::BASE).
+    InterfaceMtu(u16),
     /// Send to the coordinator (only while the control link is up).
     Control(ToCoordinator),
     /// Append these accepted records to the node's own store, in order.

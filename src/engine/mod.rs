@@ -6,6 +6,7 @@
 pub mod aqm;
 pub mod carrier;
 pub mod drops;
+pub(crate) mod fit;
 pub mod inbound;
 pub mod io;
 pub mod netcheck;

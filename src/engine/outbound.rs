@@ -1,6 +1,7 @@
-//! From the TUN device to the network. Read top to bottom: parse, route, session, cut, seal, path, queue.
+//! From the TUN device to the network. Read top to bottom: parse, route, cut, session, fit, seal, path, queue.
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,19 +9,21 @@ use ipnet::IpNet;
 use parking_lot::{ArcMutexGuard, Mutex, RawMutex};
 
 use crate::engine::drops::{Drop, Drops};
-use crate::engine::io::{Notice, Path, PeerId, Update};
+use crate::engine::fit::{Fit, Fitted};
+use crate::engine::io::{Notice, Path, PeerId, SocketId, Update};
 use crate::engine::packet::{DATA_OVERHEAD, Destination, FromTun, MIN_ROOM, OutboundSink};
+use crate::engine::path::mtu::BASE;
 use crate::engine::routes::Routes;
 use crate::engine::session::tunnel::Tunnel;
 use crate::engine::traffic::Traffic;
 use crate::time::Now;
-use crate::wire::ip;
 use crate::wire::keys::WgKey;
 use crate::wire::offload::{self, BadSuper, Cut};
+use crate::wire::{ip, mss};
 
 /// Packets that may wait for one peer's session. As many as WireGuard for Linux stages; the oldest goes first.
 pub const STAGED_PER_PEER: usize = 128;
-/// Packets that may wait in all: at 1,280 bytes each, 5 MiB.
+/// Packets that may wait in all, 5 MiB: a longer one counts for every 1,280 bytes of it.
 pub const STAGED_TOTAL: usize = 4096;
 /// The largest inner packet: a UDP datagram less WireGuard's overhead and a relay frame header.
 pub const MAX_INNER: usize = crate::wire::relay::MAX_PAYLOAD - DATA_OVERHEAD;
@@ -38,6 +41,8 @@ pub struct Outbound {
     staged_total: usize,
     /// Holds a sealed datagram that goes both ways at once.
     scratch: Vec<u8>,
+    /// Makes packets fit their path.
+    fit: Fit,
     drops: Arc<Drops>,
 }
 
@@ -47,6 +52,9 @@ struct Peer {
     traffic: Arc<Traffic>,
     tunnel: Option<Arc<Mutex<Tunnel>>>,
     path: Path,
+    /// How long packets may be on the direct path, and whether connections that open are told so.
+    mtu: u16,
+    settled: bool,
     /// Packets that wait for a session or a path, and since when.
     staged: VecDeque<(Now, Vec<u8>)>,
     reminded: Option<Now>,
@@ -59,7 +67,14 @@ impl Outbound {
     /// A worker that knows no peer yet.
     #[must_use]
     pub fn new(drops: Arc<Drops>) -> Self {
-        Self { routes: Routes::default(), peers: Vec::new(), staged_total: 0, scratch: Vec::new(), drops }
+        Self {
+            routes: Routes::default(),
+            peers: Vec::new(),
+            staged_total: 0,
+            scratch: Vec::new(),
+            fit: Fit::default(),
+            drops,
+        }
     }
 
     /// Keeps the mesh's own ranges free of routes.
@@ -89,12 +104,22 @@ impl Outbound {
                 }
                 continue;
             };
+            // 3 cut
+            let (limit, told) = self.limits(peer);
             let packets = if offload.is_super() {
-                offload::cut(&offload, bytes, MAX_INNER).map(Packets::Cut)
-            } else if bytes.len() > MAX_INNER {
-                Err(BadSuper::TooLong)
+                match offload::cut(&offload, bytes, usize::from(limit)) {
+                    // UDP: its packets stay as they are.
+                    Err(BadSuper::TooLong) => offload::cut(&offload, bytes, MAX_INNER),
+                    cut => cut,
+                }
+                .map(Packets::Cut)
             } else {
-                offload::complete(&offload, bytes).map(|()| Packets::One(Some(bytes)))
+                offload::complete(&offload, bytes).map(|()| {
+                    if let Some(mtu) = told {
+                        mss::clamp(bytes, mtu);
+                    }
+                    Packets::One(Some(bytes))
+                })
             };
             match packets {
                 Ok(packets) => self.send(peer, packets, now, &mut held, sink),
@@ -121,6 +146,8 @@ impl Outbound {
                             traffic,
                             tunnel: None,
                             path: Path::Relay,
+                            mtu: BASE,
+                            settled: false,
                             staged: VecDeque::new(),
                             reminded: None,
                         });
@@ -141,8 +168,16 @@ impl Outbound {
             }
             Update::Path { peer, path } => {
                 if let Some(p) = self.peer_mut(peer) {
+                    if way(&p.path) != way(&path) {
+                        (p.mtu, p.settled) = (BASE, false);
+                    }
                     p.path = path;
                     self.flush(peer, now, sink);
+                }
+            }
+            Update::Mtu { peer, size, settled } => {
+                if let Some(p) = self.peer_mut(peer) {
+                    (p.mtu, p.settled) = (size, settled);
                 }
             }
             Update::Established(peer) => self.flush(peer, now, sink),
@@ -161,7 +196,7 @@ impl Outbound {
             return;
         }
         let staged = std::mem::take(&mut peer.staged);
-        self.staged_total -= staged.len();
+        self.staged_total -= staged.iter().map(|(_, packet)| weight(packet)).sum::<usize>();
         let mut held = None;
         for (since, packet) in staged {
             if now.since(since) > STAGED_FOR {
@@ -172,39 +207,57 @@ impl Outbound {
         }
     }
 
+    /// How long packets to the peer may be, and what connections that open are told about that. On the relay nothing:
+    /// they outlive it, and what they send is cut as long as need be.
+    fn limits(&self, id: PeerId) -> (u16, Option<u16>) {
+        match self.peers.get(id.0 as usize).and_then(Option::as_ref) {
+            Some(peer) => (peer.limit(), (peer.settled && way(&peer.path).is_some()).then_some(peer.mtu)),
+            None => (BASE, None),
+        }
+    }
+
     /// Sends packets that all go to one address, and have one set of headers.
     fn send(&mut self, id: PeerId, mut packets: Packets<'_>, now: Now, held: &mut Held, sink: &mut impl OutboundSink) {
         let Some(peer) = self.peers.get(id.0 as usize).and_then(Option::as_ref) else {
             self.drops.count(Drop::NoRoute);
             return;
         };
+        let limit = peer.limit();
         if peer.traffic.needs_watching() {
             sink.notice(Notice::Active(id));
         }
-        // 3 session: lock it once for the peer's run of packets
+        // 4 session: lock it once for the peer's run of packets
         if held.as_ref().is_none_or(|(holder, _)| *holder != id) {
             *held = peer.tunnel.as_ref().map(|tunnel| (id, tunnel.lock_arc()));
         }
         let ready = |tunnel: &Tunnel| peer.path != Path::None && tunnel.can_send(now);
         let Some((_, tunnel)) = held.as_mut().filter(|(_, tunnel)| ready(tunnel)) else {
             *held = None;
+            // They are made to fit when it is known what they must fit.
             while let Some(packet) = packets.next() {
                 self.stage(id, packet, now, sink);
             }
             return;
         };
-        // 4 cut, 5 seal, 6 path, 7 queue
+        // 5 fit, 6 seal, 7 path, 8 queue
         let mut seal = Seal { tunnel, drops: &self.drops, sent: 0, now };
         while let Some(packet) = packets.next() {
-            match peer.path {
-                Path::None => self.drops.count(Drop::NoPath),
-                Path::Relay => seal.straight(packet, &Destination::Relay { peer: peer.key }, sink),
-                Path::Direct { socket, remote } => {
-                    seal.straight(packet, &Destination::Udp { socket, remote }, sink);
+            if packet.len() <= usize::from(limit) {
+                seal.send(packet, peer, &mut self.scratch, sink);
+                continue;
+            }
+            match self.fit.fit(packet, limit, now) {
+                Fitted::Pieces(mut pieces) => {
+                    while let Some(piece) = pieces.next() {
+                        seal.send(piece, peer, &mut self.scratch, sink);
+                    }
                 }
-                Path::Both { socket, remote } => {
-                    let ways = [Destination::Relay { peer: peer.key }, Destination::Udp { socket, remote }];
-                    seal.both_ways(packet, &ways, &mut self.scratch, sink);
+                Fitted::Whole => seal.straight(packet, &Destination::Relay { peer: peer.key }, sink),
+                Fitted::Refused(told) => {
+                    self.drops.count(Drop::TooBig);
+                    if let Some(error) = told {
+                        sink.to_tun(&error);
+                    }
                 }
             }
         }
@@ -220,13 +273,13 @@ impl Outbound {
             return;
         }
         if peer.staged.len() >= STAGED_PER_PEER || self.staged_total >= STAGED_TOTAL {
-            peer.staged.pop_front();
-            self.staged_total -= 1;
+            let oldest = peer.staged.pop_front();
+            self.staged_total -= oldest.map_or(0, |(_, packet)| weight(&packet));
             self.drops.count(Drop::StagedOverflow);
         }
         let first = peer.staged.is_empty();
         peer.staged.push_back((now, packet.to_vec()));
-        self.staged_total += 1;
+        self.staged_total += weight(packet);
         if first || peer.reminded.is_none_or(|at| now.since(at) >= REMIND) {
             peer.reminded = Some(now);
             sink.notice(Notice::NeedSession(id));
@@ -235,13 +288,32 @@ impl Outbound {
 
     fn drop_staged(&mut self, id: PeerId, why: Drop) {
         let Some(peer) = self.peer_mut(id) else { return };
-        let dropped = std::mem::take(&mut peer.staged).len();
-        self.staged_total -= dropped;
-        self.drops.add(why, dropped as u64);
+        let dropped = std::mem::take(&mut peer.staged);
+        self.staged_total -= dropped.iter().map(|(_, packet)| weight(packet)).sum::<usize>();
+        self.drops.add(why, dropped.len() as u64);
     }
 
     fn peer_mut(&mut self, id: PeerId) -> Option<&mut Peer> {
         self.peers.get_mut(id.0 as usize).and_then(Option::as_mut)
+    }
+}
+
+impl Peer {
+    /// How long packets may be.
+    fn limit(&self) -> u16 {
+        match self.path {
+            Path::None | Path::Relay => BASE,
+            Path::Direct { .. } => self.mtu,
+            Path::Both { .. } => self.mtu.min(BASE),
+        }
+    }
+}
+
+/// The direct way in a path.
+const fn way(path: &Path) -> Option<(SocketId, SocketAddr)> {
+    match path {
+        Path::None | Path::Relay => None,
+        Path::Direct { socket, remote } | Path::Both { socket, remote } => Some((*socket, *remote)),
     }
 }
 
@@ -270,6 +342,19 @@ struct Seal<'a> {
 }
 
 impl Seal<'_> {
+    /// Sends a packet that fits the way its peer's packets go.
+    fn send(&mut self, packet: &[u8], peer: &Peer, scratch: &mut Vec<u8>, sink: &mut impl OutboundSink) {
+        match peer.path {
+            Path::None => self.drops.count(Drop::NoPath),
+            Path::Relay => self.straight(packet, &Destination::Relay { peer: peer.key }, sink),
+            Path::Direct { socket, remote } => self.straight(packet, &Destination::Udp { socket, remote }, sink),
+            Path::Both { socket, remote } => {
+                let ways = [Destination::Relay { peer: peer.key }, Destination::Udp { socket, remote }];
+                self.both_ways(packet, &ways, scratch, sink);
+            }
+        }
+    }
+
     /// Seals `packet` straight into the buffer that will be sent.
     fn straight(&mut self, packet: &[u8], to: &Destination, sink: &mut impl OutboundSink) {
         let Some(room) = sink.room(to, ip::ecn(packet), room_for(packet)) else {
@@ -303,6 +388,11 @@ impl Seal<'_> {
             }
         }
     }
+}
+
+/// What a packet that waits counts for.
+const fn weight(packet: &[u8]) -> usize {
+    packet.len().div_ceil(BASE as usize)
 }
 
 fn room_for(packet: &[u8]) -> usize {

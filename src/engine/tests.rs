@@ -29,6 +29,8 @@ use crate::wire::control::{ToCoordinator, ToNode, log_head};
 use crate::wire::local::{PathKind, Status};
 use crate::wire::offload::Offload;
 
+mod mtu;
+
 /// A datagram under way: from whom, how, with which ECN field, what.
 type Wire = Rc<RefCell<VecDeque<(usize, Via, u8, Vec<u8>)>>>;
 
@@ -140,6 +142,7 @@ impl Node {
                     | Output::ResolveStun(_)
                     | Output::Prime { .. }
                     | Output::OpenSockets(_)
+                    | Output::InterfaceMtu(_)
                     | Output::CloseSockets(_) => {}
                 }
             }
@@ -185,6 +188,8 @@ struct Pair {
     udp_blocked: bool,
     /// Marks everything sent by UDP as having met congestion.
     congested: bool,
+    /// Drops longer datagrams sent by UDP.
+    longest: usize,
 }
 
 impl Pair {
@@ -253,7 +258,7 @@ impl Pair {
                 node
             })
             .collect();
-        Self { nodes, wire, now: Now::ZERO, udp_blocked: false, congested: false }
+        Self { nodes, wire, now: Now::ZERO, udp_blocked: false, congested: false, longest: usize::MAX }
     }
 
     /// Delivers what is under way (a millisecond each hop) and fires timers until `until`.
@@ -264,6 +269,7 @@ impl Pair {
             for (from, via, ecn, bytes) in under_way {
                 let to = 1 - from;
                 let arrives = match via {
+                    Via::Udp { .. } if bytes.len() > self.longest => continue,
                     Via::Udp { socket, remote } if !self.udp_blocked && remote == self.nodes[to].address() => {
                         Via::Udp { socket, remote: self.nodes[from].address() }
                     }

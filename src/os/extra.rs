@@ -69,6 +69,7 @@ impl ExtraSockets {
         let socket = Socket::new(Domain::IPV4, Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
         // The kernel's buffers stay as they are: what hundreds of sockets may hold at once is bounded by that.
         train::enable(&socket, self.trains, false);
+        udp::never_fragment(&socket, false);
         socket.bind(&SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0).into())?;
         self.ready.add(&socket, EpollEvent::new(EpollFlags::EPOLLIN, u64::from(id.0)))?;
         self.open.write().insert(id, Arc::new(socket.into()));

@@ -158,13 +158,7 @@ impl Netlink {
         // By netlink, because the older ioctl is refused to the root of a user namespace.
         let up = LinkUnspec::new_with_index(index).mtu(mtu).txqueuelen(QUEUE_LENGTH).up().build();
         self.handle.link().set(up).execute().await.map_err(named)?;
-        // A superpacket that leaves as one train rather than as one and a rest. Only a matter of speed: older kernels
-        // do not let it be set.
-        let packets = (MAX_BYTES / (mtu as usize + DATA_OVERHEAD)).clamp(1, MAX_DATAGRAMS);
-        let limit = LinkUnspec::new_with_index(index)
-            .append_extra_attribute(LinkAttribute::GsoMaxSegs(u32::try_from(packets).unwrap_or(1)))
-            .build();
-        let _ = self.handle.link().set(limit).execute().await;
+        self.limit_superpackets(index, mtu).await;
         let mut note = None;
         for net in addresses {
             let added = self.handle.address().add(index, net.addr(), net.prefix_len()).replace().execute().await;
@@ -175,6 +169,31 @@ impl Netlink {
             }
         }
         Ok(note)
+    }
+
+    /// Raises the longest packet an interface takes; what is higher already stays.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub async fn set_mtu(&self, index: u32, mtu: u32) -> io::Result<()> {
+        if self.interface(index).await?.is_none_or(|now| now.mtu >= mtu) {
+            return Ok(());
+        }
+        let raise = LinkUnspec::new_with_index(index).mtu(mtu).build();
+        self.handle.link().set(raise).execute().await.map_err(named)?;
+        self.limit_superpackets(index, mtu).await;
+        Ok(())
+    }
+
+    /// A superpacket that leaves as one train rather than as one and a rest. Only a matter of speed: older kernels do not let
+    /// it be set.
+    async fn limit_superpackets(&self, index: u32, mtu: u32) {
+        // Not fewer than on Ethernet: connections to other peers may have shorter packets.
+        let packets = (MAX_BYTES / ((mtu as usize).min(1420) + DATA_OVERHEAD)).clamp(1, MAX_DATAGRAMS);
+        let limit = LinkUnspec::new_with_index(index)
+            .append_extra_attribute(LinkAttribute::GsoMaxSegs(u32::try_from(packets).unwrap_or(1)))
+            .build();
+        let _ = self.handle.link().set(limit).execute().await;
     }
 
     /// An interface by its number; `None` if it is gone.

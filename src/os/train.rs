@@ -39,6 +39,37 @@ pub fn enable(socket: &Socket, trains: bool, v6: bool) -> bool {
     trains && setsockopt(socket, sockopt::UdpGroSegment, &true).is_ok()
 }
 
+/// Has an IPv4 socket send datagrams in one piece, whatever the kernel believes of the path (`IP_PMTUDISC_PROBE`).
+///
+/// # Errors
+/// The kernel does not know how.
+pub fn probe_only_v4(socket: &impl AsRawFd) -> nix::Result<()> {
+    set_number(socket, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_PROBE)
+}
+
+/// The same for an IPv6 socket (`IPV6_PMTUDISC_PROBE`).
+///
+/// # Errors
+/// The kernel does not know how.
+pub fn probe_only_v6(socket: &impl AsRawFd) -> nix::Result<()> {
+    set_number(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_PROBE)
+}
+
+fn set_number(socket: &impl AsRawFd, level: libc::c_int, name: libc::c_int, value: libc::c_int) -> nix::Result<()> {
+    #[expect(unsafe_code, reason = "nix knows this option only in part")]
+    // SAFETY: the pointer is to a number of the size beside it, which is only read during the call.
+    let done = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    Errno::result(done).map(drop)
+}
+
 /// Memory for the trains of one receiving call. Pages that no datagram reached are not resident.
 pub struct Receiver {
     bytes: Box<[u8]>,

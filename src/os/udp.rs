@@ -258,6 +258,7 @@ impl Sender {
     pub fn send(&mut self, sockets: &UdpSockets, what: &Outgoing<'_>, now: Now) -> Sent {
         let bytes: usize = what.pieces.iter().map(|piece| piece.len()).sum();
         let count = bytes.div_ceil(what.size.max(1));
+        let mut refused = false;
         if sockets.trains && count > 1 && what.pieces.len() <= PIECES && self.takes_trains(&what.remote, now) {
             let mut slices = [IoSlice::new(&[]); PIECES];
             for (slice, piece) in slices.iter_mut().zip(what.pieces) {
@@ -267,11 +268,11 @@ impl Sender {
             let size = u16::try_from(what.size).ok();
             match sockets.send_marked(what.socket, &what.remote, what.ecn, pieces, size) {
                 Ok(()) => return Sent { sent: count, as_train: true, ..Sent::default() },
-                // EIO: the device cannot do it. EINVAL: the kernel cannot. EMSGSIZE: these datagrams would have to be
-                // fragmented, which trains are not.
-                Err(errno @ (Errno::EIO | Errno::EINVAL | Errno::EMSGSIZE | Errno::EOPNOTSUPP)) => {
+                // EIO: the device cannot do it. EINVAL: the kernel cannot, or it is an old one that says so of datagrams
+                // that are too long, which they are one by one as well.
+                Err(errno @ (Errno::EIO | Errno::EINVAL | Errno::EOPNOTSUPP)) => {
                     tracing::debug!(%errno, "a train was refused, datagrams go one by one");
-                    self.refuse(what.remote, now);
+                    refused = true;
                 }
                 Err(errno) => return Sent { failed: count, error: Some(SendError::of(errno)), ..Sent::default() },
             }
@@ -285,6 +286,9 @@ impl Sender {
                     result.error = Some(SendError::of(errno));
                 }
             }
+        }
+        if refused && result.error != Some(SendError::TooBig) {
+            self.refuse(what.remote, now);
         }
         result
     }
@@ -331,6 +335,7 @@ fn open(local: SocketAddr) -> io::Result<Socket> {
         socket.set_only_v6(true)?;
     }
     enlarge_buffers(&socket);
+    never_fragment(&socket, local.is_ipv6());
     socket.bind(&local.into())?;
     Ok(socket)
 }
@@ -344,6 +349,16 @@ pub(super) fn enlarge_buffers(socket: &impl AsFd) {
     }
     if setsockopt(socket, sockopt::SndBufForce, &BUFFER).is_err() {
         let _ = setsockopt(socket, sockopt::SndBuf, &BUFFER);
+    }
+}
+
+/// Datagrams go in one piece or are refused (EMSGSIZE), by the size of the interface alone: what the kernel believes of the
+/// path behind it can be made up by anybody (RFC 8899 section 4.6). Best effort: without it long datagrams are fragmented,
+/// which costs speed.
+pub(super) fn never_fragment(socket: &Socket, v6: bool) {
+    let done = if v6 { train::probe_only_v6(socket) } else { train::probe_only_v4(socket) };
+    if let Err(errno) = done {
+        tracing::warn!(%errno, "UDP sockets cannot be kept from fragmenting");
     }
 }
 
@@ -394,6 +409,34 @@ mod tests {
         let port = second.port();
         drop(second);
         assert_eq!(UdpSockets::bind(0, Some(port), true, &mut rand::rng()).unwrap().port(), port);
+    }
+
+    #[test]
+    fn every_error_of_a_send_has_its_meaning() {
+        for errno in [Errno::EAGAIN, Errno::ENOBUFS, Errno::ENOMEM] {
+            assert_eq!(SendError::of(errno), SendError::Full);
+        }
+        assert_eq!(SendError::of(Errno::EMSGSIZE), SendError::TooBig);
+        for errno in [Errno::ENETUNREACH, Errno::EHOSTUNREACH, Errno::ENETDOWN, Errno::EADDRNOTAVAIL, Errno::ENODEV] {
+            assert_eq!(SendError::of(errno), SendError::Unreachable);
+        }
+        for errno in [Errno::EPERM, Errno::EINVAL, Errno::ECONNREFUSED] {
+            assert_eq!(SendError::of(errno), SendError::Refused(errno as i32));
+        }
+    }
+
+    #[test]
+    fn datagrams_of_the_largest_size_go_whole_and_longer_ones_are_refused_each_by_itself() {
+        let (a, b) = (sockets(), sockets());
+        let to = SocketAddr::from((Ipv4Addr::LOCALHOST, b.port()));
+        let bytes = vec![7; train::MAX_BYTES + 1];
+        a.send(SocketId::V4, &to, &bytes[..train::MAX_BYTES]).unwrap();
+        assert_eq!(lengths(&b, train::MAX_BYTES), [train::MAX_BYTES]);
+        assert_eq!(a.send(SocketId::V4, &to, &bytes), Err(SendError::TooBig));
+        let mut sender = Sender::default();
+        let sent = sender.send(&a, &outgoing(to, bytes.len(), &[&bytes]), Now(1));
+        assert_eq!((sent.sent, sent.failed, sent.error), (0, 1, Some(SendError::TooBig)));
+        assert!(sender.takes_trains(&to, Now(1)), "that says nothing about trains");
     }
 
     #[test]

@@ -63,6 +63,35 @@ pub fn source_destination(packet: &[u8]) -> Result<(IpAddr, IpAddr), BadIp> {
     }
 }
 
+/// The protocol above IP, and where its header begins. None for a fragment, and where that cannot be told: with extension
+/// headers other than options and routing (RFC 8200 section 4). The packet may be cut off; what is told lies within it.
+#[must_use]
+pub fn transport(packet: &[u8]) -> Option<(u8, usize)> {
+    /// Extension headers passed over, and how many of them.
+    const PASSED: [u8; 3] = [0, 43, 60];
+    const MOST: usize = 8;
+    match packet.first()? >> 4 {
+        4 => {
+            let header = packet.first_chunk::<20>()?;
+            let l4 = usize::from(header[0] & 0x0F) * 4;
+            let whole = [header[6] & 0x3F, header[7]] == [0, 0];
+            (whole && l4 >= 20 && l4 <= packet.len()).then_some((header[9], l4))
+        }
+        6 => {
+            let (mut next, mut at) = (*packet.get(6)?, 40);
+            for _ in 0..MOST {
+                if !PASSED.contains(&next) {
+                    return (at <= packet.len()).then_some((next, at));
+                }
+                let [following, len] = *packet.get(at..at + 2)?.first_chunk()?;
+                (next, at) = (following, at + 8 + usize::from(len) * 8);
+            }
+            None
+        }
+        _ => None,
+    }
+}
+
 /// The ECN field of a packet (RFC 3168 section 5), which a tunnel copies to its outer header (RFC 6040 section 4.1). Zero
 /// for what is no IP packet.
 #[must_use]
@@ -407,6 +436,30 @@ mod tests {
     }
 
     #[test]
+    fn the_transport_header_is_found_behind_options_and_not_in_fragments() {
+        assert_eq!(transport(&udp4(B4, 8)), Some((17, 20)));
+        assert_eq!(transport(&udp6(b6(), 8)), Some((17, 40)));
+        for (flags, low) in [(0x20, 0), (0, 1), (0x1F, 0xFF)] {
+            let mut fragment = udp4(B4, 8);
+            (fragment[6], fragment[7]) = (flags, low);
+            assert_eq!(transport(&fragment), None);
+        }
+        let with = |kind: u8, header: &[u8]| {
+            let mut packet = udp6(b6(), 8);
+            packet[6] = kind;
+            packet.splice(40..40, header.iter().copied());
+            packet
+        };
+        for kind in [0, 43, 60] {
+            assert_eq!(transport(&with(kind, &[17, 0, 1, 4, 0, 0, 0, 0])), Some((17, 48)));
+        }
+        assert_eq!(transport(&with(0, &[17, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])), Some((17, 56)));
+        assert_eq!(transport(&with(44, &[17, 0, 0, 1, 0, 0, 0, 1])), Some((44, 40)), "a fragment is no UDP");
+        assert_eq!(transport(&with(0, &[17, 200, 1, 4, 0, 0, 0, 0])), None, "longer than the packet");
+        assert_eq!(transport(&with(0, &[0; 8 * 9])), None, "no end");
+    }
+
+    #[test]
     fn congestion_marks_come_through_a_tunnel() {
         for (inner, outer, expected) in [
             (0, 0, Some(0)),
@@ -473,6 +526,7 @@ mod tests {
                 bytes[4..6].copy_from_slice(&len.to_be_bytes());
             }
             let _ = source_destination(&bytes);
+            prop_assert!(transport(&bytes).is_none_or(|(_, at)| at <= bytes.len()));
             for error in [unreachable(&bytes), packet_too_big(&bytes, 1280)].into_iter().flatten() {
                 prop_assert!(source_destination(&error).is_ok());
                 prop_assert_eq!(unreachable(&error), None);

@@ -289,6 +289,9 @@ pub struct StatusPath {
     /// Relay: why not direct, in words.
     #[serde(default)]
     pub reason: Option<String>,
+    /// Bytes of the longest packets that go this way whole.
+    #[serde(default)]
+    pub mtu: Option<u16>,
 }
 
 /// The kinds of path.

@@ -2,9 +2,11 @@
 
 pub mod classify;
 pub mod control;
+pub mod fragment;
 pub mod ip;
 pub mod keys;
 pub mod local;
+pub mod mss;
 pub mod nat;
 pub mod offload;
 pub mod probe;

@@ -12,6 +12,8 @@
 
 use std::ops::Range;
 
+use crate::wire::ip::transport;
+
 /// Bytes of the header in front.
 pub const HEADER: usize = 10;
 /// The longest superpacket: what the length field of IPv4 can say.
@@ -98,6 +100,36 @@ pub enum BadSuper {
     /// Its packets are larger than allowed and of a protocol that does not bear another size.
     #[error("its packets are too long for the path")]
     TooLong,
+}
+
+/// Makes a complete TCP packet one that can be cut as if it were a superpacket, for a path that does not take it whole.
+/// None: it is something else, its receiver must see it in one piece (SYN, RST, URG), its addresses are not those its
+/// checksum is made with (a routing header), or its checksum is wrong, which must not be put right.
+pub fn tcp_as_superpacket(packet: &mut [u8]) -> Option<Offload> {
+    const IN_ONE_PIECE: u8 = 0x02 | 0x04 | 0x20;
+    const ROUTING: u8 = 43;
+    let (PROTOCOL_TCP, l4) = transport(packet)? else { return None };
+    let v6 = packet[0] >> 4 == 6;
+    let header = packet.get(l4..)?.first_chunk::<20>()?;
+    let flags = header[TCP_FLAGS];
+    let headers = l4 + usize::from(header[12] >> 4) * 4;
+    let payload = packet.len().checked_sub(headers).filter(|payload| *payload > 0 && headers >= l4 + 20)?;
+    let kind = if v6 { TCP6 } else { TCP4 };
+    let routed = v6 && (packet[6] == ROUTING || (l4 > 40 && packet[40] == ROUTING));
+    if flags & IN_ONE_PIECE != 0 || routed || !checksum_is_right(packet, &Shape { kind, l4, ..Shape::default() }) {
+        return None;
+    }
+    let addresses = if v6 { 8..40 } else { 12..20 };
+    let pseudo = fold(sum(&packet[addresses]) + word([0, PROTOCOL_TCP]) + word(be(packet.len() - l4))).to_ne_bytes();
+    packet[l4 + TCP_CHECKSUM..l4 + TCP_CHECKSUM + 2].copy_from_slice(&pseudo);
+    Some(Offload {
+        flags: NEEDS_CHECKSUM,
+        kind: kind | if flags & CWR != 0 { ECN } else { 0 },
+        header_len: small(headers),
+        size: small(payload),
+        checksum_start: small(l4),
+        checksum_offset: small(TCP_CHECKSUM),
+    })
 }
 
 /// Completes the checksum of an ordinary packet.
@@ -577,7 +609,8 @@ fn same_headers(a: &[u8], b: &[u8], of_a: &Shape, of_b: &Shape) -> bool {
 
 /// A wrong checksum must reach the receiver, who would not see it in a superpacket.
 fn checksum_is_right(packet: &[u8], shape: &Shape) -> bool {
-    let (addresses, protocol) = (if shape.l4 == 40 { 8..40 } else { 12..20 }, if shape.kind == UDP { 17 } else { 6 });
+    let v6 = packet[0] >> 4 == 6;
+    let (addresses, protocol) = (if v6 { 8..40 } else { 12..20 }, if shape.kind == UDP { 17 } else { 6 });
     let l4 = &packet[shape.l4..];
     fold(sum(&packet[addresses]) + word([0, protocol]) + word(be(l4.len())) + sum(l4)) == 0xFFFF
 }

@@ -56,6 +56,7 @@ fn status() -> Status {
         rtt_ms,
         since_s: rtt_ms.map(|_| 63),
         reason: reason.map(str::to_owned),
+        mtu: rtt_ms.map(|_| if kind == PathKind::Direct { 1420 } else { 1280 }),
     };
     let peer = |name: &str, number: u8, online, path| StatusPeer {
         name: name.to_owned(),
@@ -310,6 +311,7 @@ fn why_documents() {
             rtt_ms: Some(61.5),
             since_s: Some(63),
             reason: Some("both NATs pick a new port for every destination".to_owned()),
+            mtu: Some(1280),
         },
         code: "both-hard".to_owned(),
         text: "nas is relayed: both NATs pick a new random port for every destination".to_owned(),
@@ -329,6 +331,7 @@ fn why_documents() {
             rtt_ms: Some(40.2),
             since_s: Some(4),
             reason: None,
+            mtu: Some(1420),
         },
         code: "direct".to_owned(),
         text: "nas is reached directly at 203.0.113.9:40404 (IPv4)".to_owned(),

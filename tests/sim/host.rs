@@ -74,6 +74,8 @@ pub(crate) struct Machines {
     pub(crate) persisted: Vec<SignedRecord>,
     /// Every time `handle_timeout` was called, by reason.
     pub(crate) timeouts: BTreeMap<String, u64>,
+    /// The longest packet its kernel hands over.
+    pub(crate) interface_mtu: u16,
 }
 
 impl Machines {
@@ -101,6 +103,7 @@ impl Machines {
             sending: BTreeMap::new(),
             persisted: Vec::new(),
             timeouts: BTreeMap::new(),
+            interface_mtu: 1_280,
         };
         machines.drain(wants);
         machines
@@ -244,6 +247,10 @@ impl Machines {
                     self.last_update = self.last_update.max(Now(self.now.0 + self.dice.below(THREAD_DELAY_US)));
                     self.updates.push_back((self.last_update, update));
                     wants.push(Want::Worker(self.last_update));
+                }
+                Output::InterfaceMtu(mtu) => {
+                    assert!(mtu > self.interface_mtu, "the interface's MTU only grows");
+                    self.interface_mtu = mtu;
                 }
                 Output::Control(message) => wants.push(Want::Control(message)),
                 Output::Persist(records) => self.persisted.extend(records),

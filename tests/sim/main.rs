@@ -50,6 +50,7 @@ mod scenario;
 mod server;
 mod sim;
 mod stories;
+mod stream;
 mod town;
 mod trace;
 mod world;

@@ -8,7 +8,9 @@ use std::time::Duration;
 use rand::Rng;
 
 use crate::engine::io::{Path, SocketId};
+use crate::engine::packet::DATA_OVERHEAD;
 use crate::engine::path::Leg;
+use crate::engine::path::mtu::{BASE, Search};
 use crate::engine::path::reason::{Attempt, Evidence, Found, How, NatView};
 use crate::engine::path::reflexive::fresh_txid;
 use crate::time::Now;
@@ -16,6 +18,7 @@ use crate::wire::nat::Seen;
 use crate::wire::probe::{MessageKind, Role};
 use crate::wire::stun::TransactionId;
 
+mod size;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -51,7 +54,11 @@ const PROBE_LIFETIME: Duration = Duration::from_secs(3);
 const TRIGGERED_GAP: Duration = Duration::from_millis(50);
 /// A small answer is followed by probes of data size this often, and this many times.
 const CONFIRM_GAP: Duration = Duration::from_millis(150);
-const CONFIRM_TRIES: u8 = 8;
+const CONFIRM_TRIES: u8 = 14;
+/// Probes of data size. From these tries on, of sizes that narrow paths take.
+const FULL: Option<u16> = Some(BASE);
+const NARROW: [(u8, u16); 3] = [(8, 1200), (10, 1120), (12, 576)];
+const SMALL: Option<u16> = None;
 /// Nothing sent for so long on a direct path: probe, so that the NATs keep their mappings. Linux forgets a flow that
 /// was one-way for long after 30 s (nat.md, finding 7).
 const KEEPALIVE: Duration = Duration::from_secs(15);
@@ -84,14 +91,16 @@ const ANSWERS_PER_SECOND: u32 = 60;
 /// What the planner is to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Action {
-    /// Send a path probe.
-    Probe { txid: TransactionId, to: Leg, full_size: bool },
+    /// Send a path probe: with a size, one as long as an inner packet of so many bytes makes, else a small one.
+    Probe { txid: TransactionId, to: Leg, size: Option<u16> },
     /// Send a probe that opens our own NAT and dies on the way, if there is a way to do so.
     Prime { txid: TransactionId, to: Leg },
     /// Seal a message to the peer and send it through the relay. The planner adds candidates and NAT view.
     Tell { kind: MessageKind, round: u32, t: Option<u64>, echo: Option<u64>, role: Option<Role> },
     /// Use this path from now on.
     Select(Path),
+    /// The direct path in use takes inner packets of this size; `settled`: and no larger ones, as far as can be told.
+    Mtu { size: u16, settled: bool },
 }
 
 /// An address the peer offers.
@@ -170,6 +179,8 @@ pub(crate) struct PathAgent {
     full_size_lost: bool,
     awake: bool,
     next_review: Now,
+    /// How long packets may be on the path in use.
+    search: Search,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -222,8 +233,9 @@ struct Remote {
     rtt: Option<Duration>,
     last_sent: Option<Now>,
     last_pong: Option<Now>,
-    /// Our full-size probe came back.
+    /// Our probe of data size came back, and how long it was.
     proven: Option<Now>,
+    size: u16,
     last_full: Option<Now>,
     full_tries: u8,
     /// A triggered check that had to wait.
@@ -235,7 +247,7 @@ struct InFlight {
     txid: TransactionId,
     to: Leg,
     sent: Now,
-    full_size: bool,
+    size: Option<u16>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -286,6 +298,7 @@ impl PathAgent {
             full_size_lost: false,
             awake: false,
             next_review: now,
+            search: Search::new(BASE, now),
         }
     }
 
@@ -420,7 +433,8 @@ impl PathAgent {
             }
         });
         let check = self.remotes.iter().filter_map(|r| r.check).min();
-        [stage, confirm, check, watch].into_iter().flatten().min()
+        let size = self.size_due(last_tx, now);
+        [stage, confirm, check, watch, size].into_iter().flatten().min()
     }
 
     // ---- what happens --------------------------------------------------------------------------------------------
@@ -491,7 +505,8 @@ impl PathAgent {
             current.doubt = Some(Doubt { since: cx.now, both: true, theirs: false });
             let leg = current.leg;
             cx.actions.push_back(Action::Select(leg.both()));
-            self.probe(leg, true, cx);
+            self.probe(leg, FULL, cx);
+            self.search.suspect(cx.now);
         }
         if self.awake {
             self.stage = Stage::ToCall;
@@ -501,7 +516,7 @@ impl PathAgent {
     /// Addresses worth trying without asking the peer first, such as the one that worked last time.
     pub(crate) fn try_remembered<R: Rng>(&mut self, addr: SocketAddr, near: bool, cx: &mut Context<'_, R>) {
         if self.learn(Leg::main(addr), near) {
-            self.probe(Leg::main(addr), false, cx);
+            self.probe(Leg::main(addr), SMALL, cx);
         }
     }
 
@@ -560,7 +575,7 @@ impl PathAgent {
     pub(crate) fn heard_open<R: Rng>(&mut self, addrs: &[SocketAddr], cx: &mut Context<'_, R>) {
         for leg in addrs.iter().map(|addr| Leg::main(*addr)) {
             if self.awake && self.current.is_none() && self.learn(leg, false) {
-                self.probe(leg, true, cx);
+                self.probe(leg, FULL, cx);
             }
         }
     }
@@ -583,7 +598,7 @@ impl PathAgent {
         if let Some(current) = self.current.filter(|c| c.doubt.is_none_or(|d| !d.both)) {
             self.doubt(true, true, cx.now);
             cx.actions.push_back(Action::Select(current.leg.both()));
-            self.probe(current.leg, false, cx);
+            self.probe(current.leg, self.data_size(), cx);
         }
     }
 
@@ -685,7 +700,7 @@ impl PathAgent {
             // That one may have come too early for the peer to know us.
             Some(at) if remote.last_pong.is_none() => remote.check = Some(at + TRIGGERED_GAP),
             Some(_) => {}
-            None => self.probe(from, full_size, cx),
+            None => self.probe(from, if full_size { FULL } else { SMALL }, cx),
         }
     }
 
@@ -721,42 +736,50 @@ impl PathAgent {
         if self.current.is_some_and(|c| c.leg != from) {
             self.ask_current(true, cx);
         }
-        self.probe(from, true, cx);
+        self.probe(from, FULL, cx);
     }
 
     /// Puts the path in use in doubt. `theirs`: the peer does as if it had not this path any more.
     fn ask_current<R: Rng>(&mut self, theirs: bool, cx: &mut Context<'_, R>) {
         if let Some(current) = self.current.filter(|c| c.doubt.is_none()) {
             self.doubt(false, theirs, cx.now);
-            self.probe(current.leg, false, cx);
+            self.probe(current.leg, if theirs { self.data_size() } else { SMALL }, cx);
         }
     }
 
-    /// One of our probes was answered, from the address it went to. Returns whether the probe was ours.
+    /// One of our probes was answered by `len` bytes, from the address it went to. Returns whether the probe was ours.
     pub(crate) fn heard_answer_to_probe<R: Rng>(
         &mut self,
         txid: &TransactionId,
         from: Leg,
-        full_size: bool,
+        len: usize,
         cx: &mut Context<'_, R>,
     ) -> bool {
         let Some(position) = self.in_flight.iter().position(|p| p.txid == *txid && p.to == from) else { return false };
         let Some(probe) = self.in_flight.remove(position) else { return false };
         self.tally.answered = self.tally.answered.saturating_add(1);
         let rtt = cx.now.since(probe.sent);
-        let proves = probe.full_size && full_size;
+        // The answer is as long, up to the size that every path is asked for.
+        let proves = probe.size.filter(|size| len >= usize::from((*size).min(BASE)) + DATA_OVERHEAD);
         if let Some(current) = self.current.as_mut().filter(|c| c.leg == from) {
             current.last_pong = cx.now;
             current.rtt = (current.rtt * 7 + rtt) / 8;
-            if current.doubt.take().is_some_and(|d| d.both) {
+            // What does not arrive may be only what is long.
+            let small_is_enough = !self.search.is_suspecting() && current.doubt.is_some_and(|d| !d.theirs);
+            let settled = proves.is_some() || small_is_enough;
+            if settled && current.doubt.take().is_some_and(|d| d.both) {
                 cx.actions.push_back(Action::Select(from.direct()));
+            }
+            if let Some(size) = proves {
+                self.size_passed(size, cx);
             }
         }
         let Some(remote) = self.remote_mut(from) else { return true };
         remote.last_pong = Some(cx.now);
         remote.rtt = Some(remote.rtt.map_or(rtt, |old| old.min(rtt)));
-        if proves {
+        if let Some(size) = proves {
             remote.proven = Some(cx.now);
+            remote.size = size.min(BASE);
             remote.full_tries = 0;
             self.consider(from, rtt, cx);
         } else if remote.proven.is_none() {
@@ -772,6 +795,7 @@ impl PathAgent {
             self.in_flight.pop_front();
         }
         self.watch(stamps, cx);
+        self.look_at_size(stamps, cx);
         let unconfirmed: Vec<Leg> = self
             .remotes
             .iter()
@@ -785,7 +809,7 @@ impl PathAgent {
         let due = |r: &&mut Remote| r.check.is_some_and(|at| at <= now);
         let checks: Vec<Leg> = self.remotes.iter_mut().filter(due).map(|r| r.leg).collect();
         for leg in checks {
-            self.probe(leg, false, cx);
+            self.probe(leg, SMALL, cx);
         }
         match self.stage {
             Stage::Idle => {
@@ -852,7 +876,7 @@ impl PathAgent {
                 .collect();
             order.sort();
             for (.., leg) in order {
-                self.probe(leg, full_size, cx);
+                self.probe(leg, if full_size { FULL } else { SMALL }, cx);
             }
         }
         if start + PUNCH_ENDS <= cx.now {
@@ -873,7 +897,7 @@ impl PathAgent {
             (r.near || r.open) && r.proven.is_none() && r.last_sent.is_none_or(|at| now.since(at) >= TRIGGERED_GAP)
         };
         for leg in self.remotes.iter().filter(fresh).map(|r| r.leg).collect::<Vec<_>>() {
-            self.probe(leg, true, cx);
+            self.probe(leg, FULL, cx);
         }
     }
 
@@ -907,21 +931,22 @@ impl PathAgent {
             if remote.full_tries >= CONFIRM_TRIES || remote.last_full.is_some_and(|at| cx.now.since(at) < CONFIRM_GAP) {
                 return;
             }
-            self.probe(leg, true, cx);
+            let narrow = NARROW.iter().rev().find(|(tries, _)| remote.full_tries >= *tries);
+            self.probe(leg, narrow.map_or(FULL, |(_, size)| Some(*size)), cx);
         }
     }
 
-    fn probe<R: Rng>(&mut self, to: Leg, full_size: bool, cx: &mut Context<'_, R>) {
+    fn probe<R: Rng>(&mut self, to: Leg, size: Option<u16>, cx: &mut Context<'_, R>) {
         let txid = fresh_txid(cx.tx_prefix, cx.rng);
         self.tally.sent = self.tally.sent.saturating_add(1);
         if self.in_flight.len() >= MAX_IN_FLIGHT {
             self.in_flight.pop_front();
         }
-        self.in_flight.push_back(InFlight { txid, to, sent: cx.now, full_size });
+        self.in_flight.push_back(InFlight { txid, to, sent: cx.now, size });
         if let Some(remote) = self.remote_mut(to) {
             remote.last_sent = Some(cx.now);
             remote.check = None;
-            if full_size {
+            if size.is_some() {
                 remote.last_full = Some(cx.now);
                 remote.full_tries = remote.full_tries.saturating_add(1);
             }
@@ -929,7 +954,7 @@ impl PathAgent {
         if let Some(current) = self.current.as_mut().filter(|c| c.leg == to) {
             current.last_probe = cx.now;
         }
-        cx.actions.push_back(Action::Probe { txid, to, full_size });
+        cx.actions.push_back(Action::Probe { txid, to, size });
     }
 
     fn tell<R: Rng>(
@@ -966,6 +991,7 @@ impl PathAgent {
             last_sent: None,
             last_pong: None,
             proven: None,
+            size: BASE,
             last_full: None,
             full_tries: 0,
             check: None,

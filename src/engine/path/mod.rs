@@ -15,6 +15,7 @@ use crate::engine::io::{Path, SocketId, Via};
 pub mod agent;
 pub mod candidate;
 pub(crate) mod heavy;
+pub mod mtu;
 pub mod ports;
 pub mod reason;
 pub mod reflexive;

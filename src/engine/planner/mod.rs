@@ -45,6 +45,7 @@ use crate::engine::io::{
     Command, Input, LocalAddress, Notice, Output, PeerId, PortMapping, RouteWish, SocketId, Update, Via,
 };
 use crate::engine::outbound::Outbound;
+use crate::engine::path::mtu::BASE;
 use crate::engine::path::reason::NatView;
 use crate::engine::path::reflexive::Reflexive;
 use crate::engine::peer::Peer;
@@ -175,6 +176,9 @@ pub struct Planner {
     /// Whether the router maps ports when asked.
     mapper: Mapper,
 
+    /// The size of packets the network interface takes.
+    interface_mtu: u16,
+
     control: control::Control,
     routes: routes::RouteBook,
     relay_up: bool,
@@ -241,6 +245,7 @@ impl Planner {
             next_socket: SocketId::V6.0,
             port_mapping: None,
             mapper: Mapper::Unknown,
+            interface_mtu: BASE,
             control: control::Control::new(now),
             routes: routes::RouteBook::new(config.routes),
             relay_up: false,
@@ -378,6 +383,7 @@ impl Planner {
             Notice::Roamed { peer, via } => self.roamed(peer, &via),
             Notice::Confirmed(peer) => self.session_confirmed(peer),
             Notice::UnknownIndex(key) => self.lost_session(&key),
+            Notice::TooLong { via, len } => self.too_long(&via, len),
         }
     }
 

@@ -8,9 +8,11 @@ use rand::rngs::StdRng;
 
 use crate::engine::drops::Drop;
 use crate::engine::io::{Event, Output, Path, PeerId, Update, Via};
+use crate::engine::packet::DATA_OVERHEAD;
 use crate::engine::path::Leg;
 use crate::engine::path::agent::{Action, Context, HeardAnswer, Offer, PathAgent};
 use crate::engine::path::candidate::{families, gather, on_link, open_among, usable};
+use crate::engine::path::mtu::BASE;
 use crate::engine::path::reason::{Evidence, NatView, hopeless};
 use crate::engine::peer::Actions;
 use crate::engine::planner::limits::Trouble;
@@ -20,8 +22,10 @@ use crate::wire::nat::Mapper;
 use crate::wire::probe::{self, Candidate, CandidateKind, MessageKind, PeerMessage, Punch};
 use crate::wire::stun;
 
-/// UDP payload of a probe of data size: an inner packet of 1,280 bytes (the tunnel's MTU) with WireGuard's 32.
-pub(super) const FULL_SIZE: usize = 1280 + 32;
+/// UDP payload of a probe of data size: an inner packet of 1,280 bytes with WireGuard's 32. Answers are never longer.
+pub(super) const FULL_SIZE: usize = BASE as usize + DATA_OVERHEAD;
+/// Shorter requests are answered shortly, others at their own length.
+const LONG: usize = 512;
 /// A call or an answer waits this long for fresh reflexive addresses, then goes out with what is known.
 const STUN_PATIENCE: Duration = Duration::from_millis(250);
 
@@ -93,13 +97,14 @@ impl Planner {
 
     fn carry_out(&mut self, id: PeerId, action: Action) {
         match action {
-            Action::Probe { txid, to, full_size } => {
+            Action::Probe { txid, to, size } => {
                 if !self.may_probe(id, to) {
                     self.drops.count(Drop::Polite);
                     return;
                 }
                 let Some(talk) = self.peer(id).and_then(|p| p.talk.as_deref()) else { return };
-                let bytes = probe::encode_request(&talk.keys, &txid, full_size.then_some(FULL_SIZE));
+                let pad = size.map(|size| usize::from(size) + DATA_OVERHEAD);
+                let bytes = probe::encode_request(&talk.keys, &txid, pad);
                 self.send(to.via(), bytes);
             }
             Action::Prime { txid, to } => {
@@ -113,6 +118,23 @@ impl Planner {
                 self.tell(id, kind, round, t, echo, role.map(|role| Punch { role, ..Punch::default() }));
             }
             Action::Select(path) => self.select(id, path),
+            Action::Mtu { size, settled } => {
+                self.update(Update::Mtu { peer: id, size, settled });
+                if size > self.interface_mtu {
+                    self.interface_mtu = size;
+                    self.outputs.push_back(Output::InterfaceMtu(size));
+                }
+            }
+        }
+    }
+
+    /// The system does not send datagrams of this length this way.
+    pub(super) fn too_long(&mut self, via: &Via, len: usize) {
+        let Some(leg) = Leg::of(via) else { return };
+        let size = u16::try_from(len.saturating_sub(DATA_OVERHEAD)).unwrap_or(u16::MAX);
+        let ids: Vec<PeerId> = self.talking().filter(|(_, t)| t.agent.uses(leg)).map(|(id, _)| id).collect();
+        for id in ids {
+            self.with_agent(id, |agent, _, cx| agent.size_refused(leg, size, cx));
         }
     }
 
@@ -376,9 +398,9 @@ impl Planner {
             }
             match probe::decode_response(&talk.keys, bytes) {
                 Ok(response) => {
-                    let full = response.len >= FULL_SIZE;
                     let Some(from) = Leg::of(via) else { return };
-                    let ours = self.with_agent(id, |agent, _, cx| agent.heard_answer_to_probe(&txid, from, full, cx));
+                    let ours =
+                        self.with_agent(id, |agent, _, cx| agent.heard_answer_to_probe(&txid, from, response.len, cx));
                     if ours == Some(true) {
                         self.answered_from(id, remote.ip());
                     }
@@ -410,7 +432,7 @@ impl Planner {
             return;
         }
         let full_size = request.len >= FULL_SIZE;
-        let pad = full_size.then_some(FULL_SIZE);
+        let pad = (request.len >= LONG).then_some(request.len.min(FULL_SIZE));
         let observed = match via {
             Via::Udp { remote, .. } => *remote,
             Via::Relay { .. } => SocketAddr::from(([0, 0, 0, 0], 0)),

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::engine::io::{Path, PeerId};
+use crate::engine::path::mtu::BASE;
 use crate::engine::path::reason::why_relayed;
 use crate::engine::peer::Peer;
 use crate::engine::planner::Planner;
@@ -203,7 +204,8 @@ impl Planner {
     }
 
     pub(super) fn status_path(&self, peer: &Peer, name: &str, coordinator: &str, now: Now) -> StatusPath {
-        let none = StatusPath { kind: PathKind::None, endpoint: None, rtt_ms: None, since_s: None, reason: None };
+        let none =
+            StatusPath { kind: PathKind::None, endpoint: None, rtt_ms: None, since_s: None, reason: None, mtu: None };
         let Some(talk) = peer.talk.as_deref().filter(|t| t.is_wanted(now)) else { return none };
         let since_s = Some(now.since(talk.path_since).as_secs());
         let ms = |rtt: Duration| rtt.as_secs_f64() * 1000.0;
@@ -214,6 +216,7 @@ impl Planner {
                 rtt_ms: talk.agent.direct().map(|(_, _, rtt)| ms(rtt)),
                 since_s,
                 reason: None,
+                mtu: talk.agent.mtu().map(|(size, _)| size),
             },
             Path::Relay | Path::None => StatusPath {
                 kind: PathKind::Relay,
@@ -221,6 +224,7 @@ impl Planner {
                 rtt_ms: talk.agent.relay_rtt.map(ms),
                 since_s,
                 reason: Some(why_relayed(&self.nat, &talk.agent.theirs, name, talk.agent.attempt())),
+                mtu: (talk.path == Path::Relay).then_some(BASE),
             },
         }
     }

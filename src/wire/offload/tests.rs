@@ -615,6 +615,27 @@ proptest! {
     }
 
     #[test]
+    fn a_whole_tcp_packet_is_cut_like_a_superpacket(flow in flow(), len in 1usize..9_000, size in 1usize..2_000) {
+        let bytes = payload(len);
+        let whole = flow.packets(&bytes, len).remove(0);
+        let mut packet = whole.clone();
+        match tcp_as_superpacket(&mut packet) {
+            Some(offload) => {
+                prop_assert_eq!(cut_all(&offload, &packet, usize::MAX).unwrap(), [whole.clone()]);
+                prop_assert_eq!(cut_all(&offload, &packet, flow.headers() + size).unwrap(), flow.packets(&bytes, size.min(len)));
+            }
+            None => {
+                prop_assert_eq!(&packet, &whole, "not touched");
+                prop_assert!(!flow.tcp || flow.flags & 0x26 != 0);
+            }
+        }
+        // Nobody puts a checksum right that came wrong.
+        let mut damaged = whole;
+        *damaged.last_mut().unwrap() ^= 1;
+        prop_assert_eq!(tcp_as_superpacket(&mut damaged), None);
+    }
+
+    #[test]
     fn merging_loses_changes_and_reorders_nothing(
         sends in proptest::collection::vec((flow(), 1usize..4_000, 1usize..1_500), 1..8),
         order in proptest::collection::vec(any::<u16>(), 200),
@@ -665,6 +686,7 @@ proptest! {
             *first = version;
         }
         let _ = complete(&offload, &mut packet.clone());
+        let _ = tcp_as_superpacket(&mut packet.clone());
         let _ = cut_all(&offload, &packet, longest);
         let packets: Vec<Vec<u8>> = packet.chunks(90).map(<[u8]>::to_vec).collect();
         prop_assert_eq!(expand(&merge(&packets)), packets);

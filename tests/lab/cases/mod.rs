@@ -9,6 +9,7 @@ mod healing;
 mod interop;
 mod join;
 mod mistakes;
+mod mtu;
 mod paths;
 mod proxy;
 mod relay;
@@ -23,6 +24,7 @@ pub fn all() -> Vec<Case> {
     let mut cases = join::cases();
     cases.extend(paths::cases());
     cases.extend(healing::cases());
+    cases.extend(mtu::cases());
     cases.extend(relay::cases());
     cases.extend(proxy::cases());
     cases.extend(hard::cases());

@@ -12,9 +12,11 @@ mod direct_path_blackholed;
 mod double_nat;
 mod first_packet;
 mod ipv6_only;
+mod jumbo;
 mod late_joiner;
 mod nat_reboots;
 mod node_restarts;
+mod path_narrows;
 mod peer_moves_behind_nat;
 mod public_and_nat;
 mod quiet_roam;
@@ -42,9 +44,11 @@ named_runs! {
     double_nat => double_nat::run,
     first_packet => first_packet::run,
     ipv6_only => ipv6_only::run,
+    jumbo => jumbo::run,
     late_joiner => late_joiner::run,
     nat_reboots => nat_reboots::run,
     node_restarts => node_restarts::run,
+    path_narrows => path_narrows::run,
     peer_moves_behind_nat => peer_moves_behind_nat::run,
     public_and_nat => public_and_nat::run,
     quiet_roam => quiet_roam::run,

@@ -31,12 +31,12 @@ impl Bench {
     fn answer(&mut self, actions: &[Action], to: &str, rtt: u64) -> Vec<Action> {
         let leg = Leg::main(addr(to));
         let probe = actions.iter().rev().find_map(|a| match a {
-            Action::Probe { txid, to, full_size: true } if *to == leg => Some(*txid),
+            Action::Probe { txid, to, size: Some(_) } if *to == leg => Some(*txid),
             _ => None,
         });
         let txid = probe.expect("it was probed");
         self.now = self.now + Duration::from_millis(rtt);
-        self.act(|agent, cx| agent.heard_answer_to_probe(&txid, leg, true, cx)).1
+        self.act(|agent, cx| agent.heard_answer_to_probe(&txid, leg, 1312, cx)).1
     }
 }
 
@@ -54,7 +54,7 @@ const NEAR: &str = "192.168.1.7:7000";
 
 fn probed(actions: &[Action]) -> Vec<(SocketAddr, bool)> {
     let probe = |a: &Action| match a {
-        Action::Probe { to, full_size, .. } => Some((to.remote, *full_size)),
+        Action::Probe { to, size, .. } => Some((to.remote, size.is_some())),
         _ => None,
     };
     actions.iter().filter_map(probe).collect()
@@ -181,7 +181,7 @@ fn a_better_path_takes_over_after_three_measurements() {
             });
             let (txid, leg) = last.unwrap();
             bench.now = bench.now + Duration::from_millis(50);
-            bench.act(|agent, cx| agent.heard_answer_to_probe(&txid, leg, false, cx));
+            bench.act(|agent, cx| agent.heard_answer_to_probe(&txid, leg, 100, cx));
         }
     }
     panic!("never changed: {measured} measurements");

@@ -33,7 +33,7 @@ impl PathAgent {
             })
             .collect();
         for leg in legs {
-            self.probe(leg, true, cx);
+            self.probe(leg, FULL, cx);
         }
     }
 
@@ -51,23 +51,33 @@ impl PathAgent {
                 let peer_doubts = stamps.last_rx_relay.max(stamps.last_copy_relay).is_some_and(|rx| {
                     rx > current.since + UNDER_WAY && now.since(rx) < quiet && rx > current.last_pong
                 });
+                // On a narrow path what is long goes by the relay, and that is no doubt as long as the rest comes directly.
+                let heard_here = stamps.last_rx_direct.is_some_and(|at| now.since(at) < quiet);
+                let peer_doubts = peer_doubts && !(self.search.size() < BASE && heard_here);
                 let keepalive_due = self.awake && now.since(current.last_probe.max(current.last_pong)) >= KEEPALIVE;
                 if peer_doubts {
                     self.doubt(true, true, now);
                     cx.actions.push_back(Action::Select(current.leg.both()));
-                    self.probe(current.leg, false, cx);
+                    self.probe(current.leg, self.data_size(), cx);
                 } else if sending_into_silence {
                     self.doubt(false, false, now);
-                    self.probe(current.leg, false, cx);
+                    self.probe(current.leg, SMALL, cx);
+                    // Perhaps only what is long does not arrive.
+                    self.search.suspect(now);
                 } else if keepalive_due {
-                    self.probe(current.leg, false, cx);
+                    self.probe(current.leg, SMALL, cx);
                     // An unanswered keepalive must raise doubt too.
                     self.doubt(false, false, now);
                 }
             }
             // A doubt is settled by an answer to a probe; one of our own also by data that came after it arose, unless it came
             // by the relay too: then the peer doubts as well, and what it does not hear is ours.
-            Some(doubt) if heard > doubt.since && !doubt.theirs && !is_relayed_since(&stamps, doubt.since) => {
+            Some(doubt)
+                if heard > doubt.since
+                    && !doubt.theirs
+                    && !self.search.is_suspecting()
+                    && !is_relayed_since(&stamps, doubt.since) =>
+            {
                 if let Some(c) = &mut self.current {
                     c.doubt = None;
                 }
@@ -77,7 +87,9 @@ impl PathAgent {
             }
             Some(doubt) => {
                 let patience = DOUBT_AFTER.max(current.rtt * 2);
-                if now.since(doubt.since) >= DEAD_AFTER.max(current.rtt * 5) {
+                // One that answers small probes is not dead, perhaps narrow.
+                let silent = if doubt.theirs { doubt.since } else { doubt.since.max(current.last_pong) };
+                if now.since(silent) >= DEAD_AFTER.max(current.rtt * 5) {
                     self.lost(cx);
                     return;
                 }
@@ -86,7 +98,7 @@ impl PathAgent {
                     cx.actions.push_back(Action::Select(current.leg.both()));
                 }
                 if now.since(current.last_probe) >= DOUBT_PROBE_GAP {
-                    self.probe(current.leg, false, cx);
+                    self.probe(current.leg, if doubt.theirs { self.data_size() } else { SMALL }, cx);
                 }
             }
         }
@@ -100,14 +112,20 @@ impl PathAgent {
     }
 
     fn lost<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
-        let Some(current) = self.current.take() else { return };
+        let Some(current) = self.current else { return };
         self.remotes.retain(|r| r.leg != current.leg);
+        self.leave(cx);
+        self.full_size_lost = false;
+    }
+
+    /// The relay carries alone, and a new round begins.
+    pub(super) fn leave<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        self.current = None;
         for remote in &mut self.remotes {
             remote.forget();
         }
         cx.actions.push_back(Action::Select(Path::Relay));
         self.failures = 0;
-        self.full_size_lost = false;
         if matches!(self.stage, Stage::Idle) {
             self.next_round = Some(cx.now + Duration::from_millis(if self.wins_ties { 50 } else { 400 }));
         }
@@ -116,10 +134,14 @@ impl PathAgent {
     /// A path is proven both ways: is it the one to use?
     pub(super) fn consider<R: Rng>(&mut self, leg: Leg, rtt: Duration, cx: &mut Context<'_, R>) {
         let near = self.remotes.iter().any(|r| r.leg == leg && r.near);
+        let size = self.remotes.iter().find(|r| r.leg == leg).map_or(BASE, |r| r.size);
         let better = match &self.current {
             None => true,
             Some(c) if c.leg == leg => false,
             Some(c) if c.doubt.is_some() => true,
+            // One that takes packets of every size is better than one that does not.
+            Some(_) if size < BASE => false,
+            Some(_) if self.search.size() < BASE => true,
             Some(c) => {
                 let current_near = self.remotes.iter().any(|r| r.leg == c.leg && r.near);
                 let clearly = rtt + BETTER_BY < c.rtt && rtt * 100 < c.rtt * (100 - BETTER_PERCENT);
@@ -144,7 +166,9 @@ impl PathAgent {
             self.fresh = Fresh::No;
             self.next_round = None;
             self.next_review = cx.now + REVIEW;
+            self.search = Search::new(size, cx.now);
             cx.actions.push_back(Action::Select(leg.direct()));
+            cx.actions.push_back(Action::Mtu { size: self.search.size(), settled: self.search.is_settled() });
         }
     }
 }
