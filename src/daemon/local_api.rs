@@ -244,6 +244,13 @@ impl Api {
         status.coordinator.relay = self.relay.carrier().name();
         status.coordinator.proxy.clone_from(&self.proxy);
         status.coordinator.problem.clone_from(&self.control.problem.borrow());
+        // The planner knows that there is no relay, the thread why.
+        if let Some(why) = &*self.relay.problem.borrow() {
+            for line in status.health.iter_mut().filter(|line| line.code == "relay-unreachable") {
+                line.text = format!("{} ({})", line.text, why.text);
+                line.hint.clone_from(&why.hint);
+            }
+        }
         Ok(status)
     }
 

@@ -10,7 +10,7 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::daemon::links::{Backoff, Bells, Coordinator};
@@ -22,6 +22,7 @@ use crate::os::clock;
 use crate::os::udp::{SendError, UdpSockets};
 use crate::os::wake::Wake;
 use crate::wire::keys::WgKey;
+use crate::wire::local::Problem;
 use crate::wire::relay::{Frame, Frames, OVERHEAD, encode};
 use crate::wire::relay_udp::HEADER;
 
@@ -62,6 +63,8 @@ pub(super) struct RelayHandle {
     carrier: Arc<RelayCarrier>,
     sockets: Arc<UdpSockets>,
     drops: Arc<Drops>,
+    /// Why there is no WebSocket now, if there is none.
+    pub(super) problem: watch::Receiver<Option<Problem>>,
 }
 
 impl RelayHandle {
@@ -143,8 +146,17 @@ pub(super) fn start(
     let (rtt, rtt_asks) = mpsc::channel(RTT_ASKS);
     let (alive, ended) = oneshot::channel();
     let (here, heres) = mpsc::channel(1);
-    let handle =
-        RelayHandle { packets, urgent, rtt, here, carrier: Arc::clone(&carrier), sockets, drops: Arc::clone(&drops) };
+    let (problem, shown) = watch::channel(None);
+    let handle = RelayHandle {
+        packets,
+        urgent,
+        rtt,
+        here,
+        carrier: Arc::clone(&carrier),
+        sockets,
+        drops: Arc::clone(&drops),
+        problem: shown,
+    };
     let keeper = Keeper {
         coordinator,
         planner,
@@ -156,6 +168,7 @@ pub(super) fn start(
         urgent: urgent_outgoing,
         rtt_asks,
         heres,
+        problem,
         nonce: 0,
     };
     std::thread::Builder::new().name("meshd-relay".into()).spawn(move || {
@@ -188,6 +201,7 @@ struct Keeper {
     urgent: mpsc::Receiver<Relayed<Vec<u8>>>,
     rtt_asks: mpsc::Receiver<oneshot::Sender<Duration>>,
     heres: mpsc::Receiver<()>,
+    problem: watch::Sender<Option<Problem>>,
     nonce: u64,
 }
 
@@ -210,13 +224,17 @@ impl Keeper {
                 Ok(link) => {
                     tracing::info!("connected to the relay");
                     backoff.reset();
+                    self.problem.send_replace(None);
                     // The carrier tells the planner: there may be a relay without this link.
                     self.carrier.with(|c| c.websocket(true, clock::now()));
                     let Some(why) = self.carry(link).await else { return };
                     tracing::info!("the connection to the relay was lost: {why}");
                     self.carrier.with(|c| c.websocket(false, clock::now()));
                 }
-                Err(e) => tracing::debug!("no connection to the relay: {e}"),
+                Err(e) => {
+                    tracing::debug!("no connection to the relay: {e}");
+                    self.problem.send_replace(Some(Problem::from(e)));
+                }
             }
             let mut pause = std::pin::pin!(tokio::time::sleep(backoff.pause(&mut rand::rng())));
             let nudge = Arc::clone(&self.bells.nudge);

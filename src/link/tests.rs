@@ -86,6 +86,18 @@ impl Node {
     }
 }
 
+/// TLS with a certificate for another name.
+fn self_made() -> rustls::ServerConfig {
+    let made = rcgen::generate_simple_self_signed(vec!["somewhere.else".into()]).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
+    rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key)
+        .unwrap()
+}
+
 /// Both ends of a control link.
 async fn pair() -> (ControlLink, ControlLink) {
     let (address, server) = one_connection(serve_control).await;
@@ -160,14 +172,7 @@ async fn dropping_either_half_ends_the_link_for_both() {
 
 #[tokio::test]
 async fn relay_messages_cross_over_tls_with_any_certificate() {
-    let made = rcgen::generate_simple_self_signed(vec!["somewhere.else".into()]).unwrap();
-    let key = rustls::pki_types::PrivateKeyDer::try_from(made.signing_key.serialize_der()).unwrap();
-    let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(vec![made.cert.der().clone()], key)
-        .unwrap();
+    let config = self_made();
     let (address, server) = one_connection(|tcp| async move {
         let tls = TlsAcceptor::from(Arc::new(config)).accept(tcp).await.unwrap();
         let stream = tokio_tungstenite::accept_async(tls).await.unwrap().into_inner();
@@ -183,6 +188,26 @@ async fn relay_messages_cross_over_tls_with_any_certificate() {
     tx.send(vec![7; MAX_RELAY_MESSAGE]).await.unwrap();
     assert_eq!(within(served_rx.recv()).await.unwrap().unwrap(), vec![7; MAX_RELAY_MESSAGE]);
     assert_eq!(tx.send(vec![7; MAX_RELAY_MESSAGE + 1]).await, Err(LinkError::TooLong));
+}
+
+#[tokio::test]
+async fn a_tls_connection_that_is_cut_off_is_said_plainly() {
+    let config = self_made();
+    let (address, server) = one_connection(|tcp| async move {
+        // The system closes it, as when the process is killed: TLS does not say goodbye.
+        let cutter = socket2::SockRef::from(&tcp).try_clone().unwrap();
+        let tls = TlsAcceptor::from(Arc::new(config)).accept(tcp).await.unwrap();
+        let stream = tokio_tungstenite::accept_async(tls).await.unwrap().into_inner();
+        let link = accept_control(stream, &Secret32::new(COORDINATOR), (None, None)).await.unwrap();
+        cutter.shutdown(std::net::Shutdown::Both).unwrap();
+        link
+    })
+    .await;
+    let node = Node::new();
+    let link = within(connect_control(&node.target(format!("https://{address}"), COORDINATOR))).await.unwrap();
+    let (_tx, mut rx) = link.split();
+    let _served = within(server).await.unwrap();
+    assert_eq!(within(rx.recv::<Note>()).await, Err(LinkError::Broken("it was cut off".into())));
 }
 
 #[tokio::test]

@@ -36,6 +36,7 @@ pub fn cases() -> Vec<Case> {
         case("proxy::environment_and_no_proxy", environment),
         case("proxy::what_a_proxy_does_instead_is_named", misbehaviour),
         case("proxy::a_running_node_names_what_the_proxy_does_and_recovers", turns_bad),
+        case("proxy::a_refused_relay_link_is_named", relay_refused),
     ]
 }
 
@@ -331,6 +332,21 @@ impl Proxy {
     }
 }
 
+impl Proxy {
+    /// How many connections there were since the last turn.
+    fn connections(&self) -> usize {
+        self.open.lock().unwrap().len()
+    }
+
+    /// Ends one connection, and does something else with those to come.
+    fn cut(&self, which: usize, does: Does) {
+        *self.does.lock().unwrap() = does;
+        if let Some(stream) = self.open.lock().unwrap().get(which) {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
 fn serve(mut client: TcpStream, namespace: &Namespace, does: Does, open: &Mutex<Vec<TcpStream>>) -> Option<()> {
     if matches!(does, Does::Close) {
         return None;
@@ -448,4 +464,41 @@ fn turns_bad() -> Result<()> {
     keeps_its_secret(&a)?;
     let (code, pongs) = a.ping("b", &["-c", "2", "--interval", "200ms"])?;
     ensure(code == 0, || format!("{pongs:?}"))
+}
+
+/// Of the two links only the relay's is refused, as by a proxy that allows a client too few connections.
+fn relay_refused() -> Result<()> {
+    let (internet, ra, rb) = gates()?;
+    let world = world(internet, crate::world::URL, 8443)?;
+    only(&ra, "")?;
+    let proxy = Proxy::start(&ra.namespace, &ra.lan.v4(1), Does::Connect)?;
+    let b = Node::new("b", rb.lan.host("b", 2)?);
+    b.up(&world.coordinator.claim()?)?;
+    let a = Node::new("a", ra.lan.host("a", 2)?);
+    succeeded(&up(&a, &b.invite()?, &["--proxy", &proxy.url()], &[])?)?;
+    let links = || -> Result<(bool, bool)> {
+        let coordinator = a.status()?.coordinator;
+        Ok((coordinator.connected, coordinator.relay_connected))
+    };
+    // Which of the connections is whose is not known: all but the relay's are put right again.
+    for which in 0..proxy.connections() {
+        until("both links are up", Duration::from_secs(15), || Ok((links()? == (true, true)).then_some(())))?;
+        proxy.cut(which, FORBIDS);
+        let broke = || Ok((links()? != (true, true)).then_some(()));
+        // The connection of the join has ended long ago.
+        let none_broke = until("a link breaks", Duration::from_secs(3), broke).is_err();
+        if none_broke || links()? != (true, false) {
+            proxy.cut(usize::MAX, Does::Connect);
+            continue;
+        }
+        let line = eventually("status names the relay's refusal", Duration::from_secs(15), || {
+            let health = a.status()?.health;
+            let line = health.iter().find(|line| line.code == "relay-unreachable" && line.text.contains("HTTP 403"));
+            line.cloned().with_context(|| format!("{health:?}"))
+        })?;
+        println!("{}", line.text);
+        let text = a.run(&["status"])?;
+        return ensure(line.hint.contains("proxy") && text.contains(&line.text), || format!("{line:?} in\n{text}"));
+    }
+    anyhow::bail!("the relay link was never refused")
 }
