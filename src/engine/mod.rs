@@ -15,6 +15,7 @@ pub mod packet;
 pub mod path;
 pub mod peer;
 pub mod planner;
+pub mod portmap;
 pub mod routes;
 pub mod session;
 pub mod steer;

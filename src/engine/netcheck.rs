@@ -365,6 +365,7 @@ impl Netcheck {
             nat_depth: None,
             port_mapping: None,
             punching: None,
+            port_mapper: None,
             ipv6,
             coordinator_rtt_ms: None,
             relay_rtt_ms: None,

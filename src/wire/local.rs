@@ -462,6 +462,44 @@ pub struct Netcheck {
     /// Limits of punches, and how much of them is used; null: not known to who examined.
     #[serde(default)]
     pub punching: Option<Punching>,
+    /// What the router in front does for this node's port; null: not known to who examined.
+    #[serde(default)]
+    pub port_mapper: Option<PortMapper>,
+}
+
+/// What the router in front does for this node's port.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct PortMapper {
+    /// Not switched off by `meshd up --no-port-mapping`.
+    pub enabled: bool,
+    /// The router asked, or null.
+    pub gateway: Option<IpAddr>,
+    /// The UDP port of this node.
+    pub internal_port: u16,
+    /// Who granted a mapping: `pcp`, `nat-pmp` or `upnp`; null: nobody.
+    pub protocol: Option<String>,
+    /// Where the outside reaches the port; behind a carrier's NAT, where the carrier's other customers do.
+    pub external: Option<SocketAddr>,
+    /// Seconds granted; null: no mapping, or one without an end.
+    pub lifetime_s: Option<u64>,
+    /// Seconds left of them.
+    pub expires_s: Option<u64>,
+    /// Each protocol.
+    pub protocols: Vec<PortMapperProtocol>,
+    /// Why there is no mapping, in words; null: there is one.
+    pub reason: Option<String>,
+}
+
+/// What a router says by one protocol.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PortMapperProtocol {
+    /// `pcp`, `nat-pmp` or `upnp`.
+    pub name: String,
+    /// `granted`, `answers`, `refused`, `silent` or `not-asked`.
+    pub state: String,
+    /// Refused: why, in words.
+    #[serde(default)]
+    pub text: Option<String>,
 }
 
 /// One STUN server's answer.
