@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use crate::cli::error::CliError;
 use crate::cli::output::{BOLD, millis, paint};
 use crate::cli::{Global, client};
-use crate::wire::local::{Call, Netcheck, Punching, Response};
+use crate::wire::local::{Call, Netcheck, PortMapper, PortMapperProtocol, Punching, Response};
 use crate::wire::nat::PortModel;
 
 /// Options of `meshd netcheck`.
@@ -48,7 +48,15 @@ fn text(report: &Netcheck) -> String {
         (Some(more), _) => row("NATs", &format!("{more}, one behind the other")),
         (None, _) => {}
     }
-    row("port mapping", report.port_mapping.as_deref().unwrap_or("none"));
+    match &report.port_mapper {
+        None => row("port mapping", report.port_mapping.as_deref().unwrap_or("none")),
+        Some(mapper) => {
+            row("port mapping", &port_mapping(mapper));
+            for protocol in &mapper.protocols {
+                row("", &by_protocol(protocol));
+            }
+        }
+    }
     if let Some(punching) = &report.punching {
         row("punching", &limits(punching));
     }
@@ -65,6 +73,43 @@ fn text(report: &Netcheck) -> String {
     text.push('\n');
     text.push_str(&report.meaning);
     text
+}
+
+fn port_mapping(mapper: &PortMapper) -> String {
+    let router = mapper.gateway.map(|ip| format!(" at the router {ip}")).unwrap_or_default();
+    match (&mapper.protocol, mapper.external) {
+        (Some(protocol), Some(external)) => {
+            let left = match (mapper.lifetime_s, mapper.expires_s) {
+                (Some(granted), Some(left)) => format!("for {} min, {} left", granted / 60, left / 60),
+                _ => "without an end".to_owned(),
+            };
+            format!("{external} to port {} by {}{router}, {left}", mapper.internal_port, name(protocol))
+        }
+        _ => format!("none{router}: {}", mapper.reason.as_deref().unwrap_or("unknown")),
+    }
+}
+
+fn by_protocol(protocol: &PortMapperProtocol) -> String {
+    let state = match protocol.state.as_str() {
+        "granted" => "granted",
+        "answers" => "answers",
+        "refused" => "refused",
+        "silent" => "no answer",
+        "not-asked" => "not asked",
+        other => other,
+    };
+    let why = protocol.text.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+    format!("{:<8} {state}{why}", name(&protocol.name))
+}
+
+/// As the specifications write it.
+fn name(protocol: &str) -> &str {
+    match protocol {
+        "pcp" => "PCP",
+        "nat-pmp" => "NAT-PMP",
+        "upnp" => "UPnP",
+        other => other,
+    }
 }
 
 fn limits(p: &Punching) -> String {

@@ -62,6 +62,9 @@ pub struct Args {
     /// UDP port [default: the one used last, at first a random one]
     #[arg(long)]
     port: Option<u16>,
+    /// Do not ask the router to let peers in at that port (PCP, NAT-PMP, UPnP)
+    #[arg(long)]
+    no_port_mapping: bool,
     /// Leave the kernel's and the drivers' packet offloads unused, for those that have faults
     #[arg(long)]
     no_offload: bool,
@@ -150,6 +153,7 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
         punch_sockets: args.punch_sockets,
         punch_rate: args.punch_rate,
         punch_entries: args.punch_entries,
+        no_port_mapping: args.no_port_mapping,
     };
     if args.foreground {
         return Ok(daemon::run(options)?);
@@ -294,6 +298,7 @@ mod tests {
             punch_entries: None,
             proxy: None,
             proxy_file: None,
+            no_port_mapping: false,
             network_name: None,
             ipv4_range: None,
         }

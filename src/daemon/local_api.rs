@@ -19,6 +19,7 @@ use tokio::time::{Instant, timeout};
 use crate::daemon::control_link::ControlHandle;
 use crate::daemon::health::Health;
 use crate::daemon::planner_task::PlannerHandle;
+use crate::daemon::portmap::PortMapHandle;
 use crate::daemon::relay_thread::RelayHandle;
 use crate::daemon::settings::SettingsDesk;
 use crate::daemon::stop::Stopper;
@@ -123,6 +124,7 @@ pub(super) struct Api {
     pub(super) planner: PlannerHandle,
     pub(super) control: ControlHandle,
     pub(super) relay: RelayHandle,
+    pub(super) port_mapper: PortMapHandle,
     pub(super) known: Known,
     pub(super) health: Health,
     pub(super) drops: Arc<Drops>,
@@ -150,6 +152,7 @@ pub(super) struct Parts {
     pub(super) planner: PlannerHandle,
     pub(super) control: ControlHandle,
     pub(super) relay: RelayHandle,
+    pub(super) port_mapper: PortMapHandle,
     pub(super) known: Known,
     pub(super) health: Health,
     pub(super) drops: Arc<Drops>,
@@ -169,6 +172,7 @@ impl Api {
             planner,
             control,
             relay,
+            port_mapper,
             known,
             health,
             drops,
@@ -187,6 +191,7 @@ impl Api {
             planner,
             control,
             relay,
+            port_mapper,
             known,
             health,
             drops,
@@ -298,8 +303,10 @@ impl Api {
             Call::Netcheck { stun } => {
                 let (offered, local) = self.known.get();
                 let servers = if stun.is_empty() { offered } else { netcheck::resolve(&stun).await? };
-                let mut report =
-                    netcheck::run(servers, local, self.known.punch_sockets, &self.control, &self.relay).await;
+                let (mut report, mapper) = tokio::join!(
+                    netcheck::run(servers, local, self.known.punch_sockets, &self.control, &self.relay),
+                    self.port_mapper.survey()
+                );
                 // What strangers' servers say is shown, and not acted upon.
                 let input = stun.is_empty().then(|| Input::NetReport(Box::new(report.clone())));
                 let punching = self
@@ -312,6 +319,8 @@ impl Api {
                     })
                     .await?;
                 report.punching = Some(punching);
+                report.port_mapping.clone_from(&mapper.protocol);
+                report.port_mapper = Some(mapper);
                 out.write(&Response::Netcheck(Box::new(report))).await?;
             }
             Call::Invite { name, uses, expires_s, admin, routes } => {

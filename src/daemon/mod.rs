@@ -27,6 +27,7 @@ mod netcheck;
 mod node;
 mod outbox;
 mod planner_task;
+mod portmap;
 mod relay_carrier;
 mod relay_thread;
 mod service;
@@ -72,6 +73,9 @@ pub struct Options {
     /// How the coordinator is reached; absent: as set before, else as the environment says.
     #[serde(default)]
     pub proxy: Option<ProxySetting>,
+    /// Ask no router for a port.
+    #[serde(default)]
+    pub no_port_mapping: bool,
     /// UDP port; 0: the one used last, or a random one.
     pub port: u16,
     /// Sockets that punches through hard NATs may open; 0: none are made. Absent: as many as are ever of use.

@@ -28,6 +28,7 @@ use crate::daemon::links::{Bells, Coordinator};
 use crate::daemon::local_api::{Api, Parts, Socket};
 use crate::daemon::outbox::{Notices, Outbox};
 use crate::daemon::planner_task::{self, ToStore, Wiring};
+use crate::daemon::portmap::{self, PortMapHandle};
 use crate::daemon::relay_carrier::{self, RelayCarrier};
 use crate::daemon::relay_thread::{self, Delivery};
 use crate::daemon::settings::{Settings, SettingsDesk};
@@ -37,7 +38,7 @@ use crate::daemon::watch::{self as surroundings, Known, NetworkWatch};
 use crate::daemon::worker::{self, Worker};
 use crate::daemon::{Options, UpReport, control_link, problem};
 use crate::engine::drops::Drops;
-use crate::engine::io::{Event, RoutePlan, SocketId};
+use crate::engine::io::{Event, Input, RoutePlan, SocketId};
 use crate::engine::path::mtu::BASE;
 use crate::engine::planner::{Config, Limits, MOST_SOCKETS, Planner, StartError};
 use crate::link::proxy::Environment;
@@ -115,6 +116,7 @@ struct Node {
     data_ended: oneshot::Receiver<()>,
     relay_ended: oneshot::Receiver<()>,
     control_task: JoinHandle<()>,
+    port_mapper: PortMapHandle,
     /// Ended by being aborted, in this order.
     tasks: Vec<JoinHandle<()>>,
     writer: JoinHandle<()>,
@@ -171,10 +173,10 @@ impl Node {
 
         reporter.stage("connecting to the coordinator");
         let limits = punch_limits(options, &health);
-        let change = &options.settings;
+        let (change, map_port) = (&options.settings, !options.no_port_mapping);
         Self::assemble(
             store, state, membership, proxies, tun, sockets, limits, netlink, changes, ranges, health, socket, change,
-            stopper,
+            map_port, stopper,
         )
     }
 
@@ -193,12 +195,13 @@ impl Node {
         health: Health,
         socket: Socket,
         change: &SettingsChange,
+        map_port: bool,
         stopper: &Stopper,
     ) -> Result<Self, Problem> {
         let Membership { keys, network, records, mut notes } = membership;
         notes.extend(store.notes().iter().cloned());
         let drops = Arc::new(Drops::default());
-        let control_secret = copy_of_control(&keys);
+        let (control_secret, nonce_secret) = (copy_of_control(&keys), copy_of_control(&keys));
         let interface = tun.name().to_owned();
         let own = tun.index();
 
@@ -357,11 +360,14 @@ impl Node {
         if let Some(proxy) = &proxy {
             tracing::info!(proxy, "the coordinator is reached through a proxy");
         }
+        let (port_mapper, port_task) = start_port_mapping(map_port, port, nonce_secret, own, &handle.inputs);
+
         let (gone, gone_watch) = watch::channel(false);
         let api = Api::new(Parts {
             planner: handle,
             control,
             relay,
+            port_mapper: port_mapper.clone(),
             known,
             health,
             drops,
@@ -374,7 +380,7 @@ impl Node {
             proxy,
             gone: gone_watch,
         });
-        let tasks = vec![
+        let mut tasks = vec![
             tokio::spawn(Arc::clone(&api).serve(socket)),
             tokio::spawn(network_watch.run()),
             tokio::spawn(mtu_keeper),
@@ -385,6 +391,7 @@ impl Node {
             data_watch,
             planner_task,
         ];
+        tasks.extend(port_task);
         Ok(Self {
             store,
             state,
@@ -397,6 +404,7 @@ impl Node {
             data_ended,
             relay_ended,
             control_task,
+            port_mapper,
             tasks,
             writer,
             events,
@@ -498,6 +506,8 @@ impl Node {
         self.stop.send_replace(true);
         self.data_stop.store(true, Ordering::Release);
         self.wake.ring();
+        // First of all: others could be let in at a port that the next program here may get.
+        self.port_mapper.stop().await;
         if timeout(STOP_PATIENCE, self.data_ended).await.is_err() {
             tracing::error!("the data thread does not end");
         }
@@ -517,6 +527,26 @@ impl Node {
         tracing::info!("stopped");
         self.gone.send_replace(true);
         self.api.idle(Duration::from_secs(1)).await;
+    }
+}
+
+/// Asks the router for the node's port, unless that is switched off. Without what it takes the node works as well as it can.
+fn start_port_mapping(
+    wanted: bool,
+    port: u16,
+    secret: Secret32,
+    own: u32,
+    inputs: &mpsc::Sender<Input>,
+) -> (PortMapHandle, Option<JoinHandle<()>>) {
+    if !wanted {
+        return (PortMapHandle::off(port), None);
+    }
+    match portmap::start(port, secret, own, inputs.clone()) {
+        Ok((handle, task)) => (handle, Some(task)),
+        Err(e) => {
+            tracing::warn!(error = %e, "no port is mapped at the router");
+            (PortMapHandle::off(port), None)
+        }
     }
 }
 
@@ -652,7 +682,7 @@ fn keep_settings(store: &Store, options: &Options) -> Result<(), Problem> {
     if settings == known { Ok(()) } else { store.settings_file().keep(&settings) }
 }
 
-/// The control secret, once more: the planner owns the keys, the links need this one.
+/// The control secret, once more: the planner owns the keys, the links and the port mapper need this one.
 fn copy_of_control(keys: &NodeKeys) -> Secret32 {
     Secret32::new(*keys.control.expose())
 }

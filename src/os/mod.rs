@@ -14,6 +14,7 @@ pub mod lock;
 pub mod manager;
 pub mod netlink;
 pub mod process;
+pub mod router;
 pub mod segments;
 pub mod train;
 pub mod tun;

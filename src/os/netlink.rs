@@ -1,7 +1,7 @@
 //! Interface addresses, routes and their changes, by rtnetlink. The only file that knows the rtnetlink crate.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt};
@@ -15,6 +15,7 @@ use rtnetlink::{Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder};
 
 use crate::engine::io::LocalAddress;
 use crate::engine::packet::DATA_OVERHEAD;
+use crate::engine::portmap::Gateway;
 use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS};
 
 /// A change is reported after this long, with what came meanwhile: one change of network is many messages.
@@ -23,6 +24,8 @@ const DEBOUNCE: Duration = Duration::from_millis(20);
 const REPORTS_APART: Duration = Duration::from_millis(100);
 /// The kernel's table of its own addresses; those are listed as addresses, not as routes.
 const TABLE_LOCAL: u32 = 255;
+/// The kernel's usual table of routes.
+const TABLE_MAIN: u32 = 254;
 
 /// A connection to the kernel's routing system. Lives on the tokio runtime it was made in.
 #[derive(Debug, Clone)]
@@ -117,10 +120,9 @@ impl Netlink {
     /// The kernel's answer could not be read.
     pub async fn routes(&self) -> io::Result<Vec<Route>> {
         let mut found = Vec::new();
-        for request in [
-            RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
-            RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
-        ] {
+        for request in
+            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<std::net::Ipv6Addr>::new().build()]
+        {
             let mut stream = std::pin::pin!(self.handle.route().get(request).execute());
             while let Some(message) = stream.try_next().await.map_err(other)? {
                 found.extend(route(&message));
@@ -135,10 +137,9 @@ impl Netlink {
     /// The kernel's answer could not be read.
     pub async fn ways_out(&self, not_by: u32) -> io::Result<Vec<WayOut>> {
         let mut found = Vec::new();
-        for request in [
-            RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
-            RouteMessageBuilder::<std::net::Ipv6Addr>::new().build(),
-        ] {
+        for request in
+            [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<std::net::Ipv6Addr>::new().build()]
+        {
             let mut stream = std::pin::pin!(self.handle.route().get(request).execute());
             while let Some(message) = stream.try_next().await.map_err(other)? {
                 found.extend(way_out(&message).filter(|way| way.index != Some(not_by)));
@@ -147,6 +148,39 @@ impl Netlink {
         found.sort();
         found.dedup();
         Ok(found)
+    }
+
+    /// The IPv4 router that the default route of the main table leads to, not over the interface `not_on` (our own TUN
+    /// device), and this machine's address towards it. Of several the one with the lowest metric; `None`: there is none.
+    ///
+    /// # Errors
+    /// The kernel's answer could not be read.
+    pub async fn gateway(&self, not_on: u32) -> io::Result<Option<Gateway>> {
+        let mut best: Option<DefaultRoute> = None;
+        let request = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let mut stream = std::pin::pin!(self.handle.route().get(request).execute());
+        while let Some(message) = stream.try_next().await.map_err(other)? {
+            let found = default_route(&message).filter(|found| found.index != not_on);
+            if let Some(found) = found
+                && best.as_ref().is_none_or(|best| found.metric < best.metric)
+            {
+                best = Some(found);
+            }
+        }
+        let Some(best) = best else { return Ok(None) };
+        if let Some(own) = best.source {
+            return Ok(Some(Gateway { router: best.router, own }));
+        }
+        let addresses = self.addresses().await?;
+        let here = addresses.iter().filter(|a| a.index == best.index).filter_map(|a| match a.address.ip {
+            IpAddr::V4(ip) => Some((ip, a.address.prefix_len)),
+            IpAddr::V6(_) => None,
+        });
+        let beside = |(ip, prefix_len): &(Ipv4Addr, u8)| {
+            ipnet::Ipv4Net::new(*ip, *prefix_len).is_ok_and(|net| net.contains(&best.router))
+        };
+        let own = here.clone().find(beside).or_else(|| here.clone().next());
+        Ok(own.map(|(own, _)| Gateway { router: best.router, own }))
     }
 
     /// Gives the interface its addresses (with the networks' prefix lengths, so that the kernel makes the on-link routes
@@ -321,6 +355,36 @@ fn way_out(message: &RouteMessage) -> Option<WayOut> {
     Some(way)
 }
 
+/// A default route over a router.
+#[derive(Debug, PartialEq, Eq)]
+struct DefaultRoute {
+    router: Ipv4Addr,
+    index: u32,
+    metric: u32,
+    source: Option<Ipv4Addr>,
+}
+
+fn default_route(message: &RouteMessage) -> Option<DefaultRoute> {
+    let (mut router, mut index, mut metric, mut source) = (None, None, 0, None);
+    let mut table = u32::from(message.header.table);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Gateway(RouteAddress::Inet(ip)) => router = Some(*ip),
+            RouteAttribute::Oif(oif) => index = Some(*oif),
+            RouteAttribute::Priority(priority) => metric = *priority,
+            RouteAttribute::PrefSource(RouteAddress::Inet(ip)) => source = Some(*ip),
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Destination(_) => return None,
+            _ => {}
+        }
+    }
+    let usual = message.header.kind == RouteType::Unicast && table == TABLE_MAIN;
+    if !usual || message.header.destination_prefix_length != 0 {
+        return None;
+    }
+    Some(DefaultRoute { router: router?, index: index?, metric, source })
+}
+
 fn other(e: rtnetlink::Error) -> io::Error {
     io::Error::other(e)
 }
@@ -358,6 +422,21 @@ mod tests {
         ];
         let got: Vec<_> = candidates(&all, 9).iter().map(|a| a.ip.to_string()).collect();
         assert_eq!(got, ["192.168.1.7", "2001:db8::5"]);
+    }
+
+    #[test]
+    fn a_default_route_over_a_router_of_the_main_table_counts() {
+        let router: Ipv4Addr = "192.168.1.1".parse().unwrap();
+        let usual = || RouteMessageBuilder::<Ipv4Addr>::new().gateway(router).output_interface(2);
+        let found = default_route(&usual().priority(100).build()).unwrap();
+        assert_eq!(found, DefaultRoute { router, index: 2, metric: 100, source: None });
+        let own = "192.168.1.7".parse().unwrap();
+        assert_eq!(default_route(&usual().pref_source(own).build()).unwrap().source, Some(own));
+        let elsewhere = usual().destination_prefix("10.0.0.0".parse().unwrap(), 8).build();
+        assert_eq!(default_route(&elsewhere), None);
+        assert_eq!(default_route(&usual().table_id(51_820).build()), None, "a tunnel's own table");
+        let no_router = RouteMessageBuilder::<Ipv4Addr>::new().output_interface(2).build();
+        assert_eq!(default_route(&no_router), None);
     }
 
     #[tokio::test]

@@ -282,7 +282,8 @@ mod tests {
     }
 
     fn answer(st: &str, location: &str) -> Vec<u8> {
-        format!("HTTP/1.1 200 OK\r\nCACHE-CONTROL: max-age=120\r\nSt: {st}\r\nEXT:\r\nLocation: {location}\r\n\r\n").into()
+        format!("HTTP/1.1 200 OK\r\nCACHE-CONTROL: max-age=120\r\nSt: {st}\r\nEXT:\r\nLocation: {location}\r\n\r\n")
+            .into()
     }
 
     #[test]
@@ -313,7 +314,9 @@ mod tests {
                 format!("<service><serviceType>{kind}</serviceType><controlURL>{control}</controlURL></service>")
             })
             .collect();
-        format!("<?xml version=\"1.0\"?><root xmlns=\"urn:schemas-upnp-org:device-1-0\">{base}<device><serviceList>{services}</serviceList></device></root>")
+        format!(
+            "<?xml version=\"1.0\"?><root xmlns=\"urn:schemas-upnp-org:device-1-0\">{base}<device><serviceList>{services}</serviceList></device></root>"
+        )
     }
 
     #[test]
@@ -337,11 +340,8 @@ mod tests {
     #[test]
     fn calls_are_written_and_answers_read() {
         let service = Service { control: at("/c"), kind: SERVICES[1] };
-        let add = Action::Add {
-            external_port: 4_660,
-            internal: "192.168.1.7:50112".parse().unwrap(),
-            lifetime_s: 7_200,
-        };
+        let add =
+            Action::Add { external_port: 4_660, internal: "192.168.1.7:50112".parse().unwrap(), lifetime_s: 7_200 };
         let (header, body) = call(&service, &add);
         assert_eq!(header, "\"urn:schemas-upnp-org:service:WANIPConnection:1#AddPortMapping\"");
         for part in [
@@ -355,8 +355,9 @@ mod tests {
         let done = envelope("<u:AddPortMappingResponse xmlns:u=\"x\"></u:AddPortMappingResponse>");
         assert_eq!(reply(&add, &done), Some(Reply::Done));
         assert_eq!(reply(&Action::Delete { external_port: 1 }, &done), None, "an answer to something else");
-        let address =
-            envelope("<u:GetExternalIPAddressResponse><NewExternalIPAddress>100.64.0.9</NewExternalIPAddress></u:GetExternalIPAddressResponse>");
+        let address = envelope(
+            "<u:GetExternalIPAddressResponse><NewExternalIPAddress>100.64.0.9</NewExternalIPAddress></u:GetExternalIPAddressResponse>",
+        );
         assert_eq!(reply(&Action::ExternalAddress, &address), Some(Reply::Address(Ipv4Addr::new(100, 64, 0, 9))));
         let fault = envelope("<s:Fault><detail><UPnPError><errorCode>725</errorCode></UPnPError></detail></s:Fault>");
         assert_eq!(reply(&add, &fault), Some(Reply::Fault(fault::ONLY_PERMANENT)));

@@ -7,9 +7,9 @@ use std::os::unix::net::UnixListener;
 use std::process::Output;
 
 use meshd::wire::local::{
-    DropCount, Health, Netcheck, NetcheckServer, PathKind, PeerWhy, Pong, Problem, Punching, Removed, Request,
-    Response, RouteChange, RouteLine, RouteList, RouteState, Severity, Status, StatusCoordinator, StatusNat,
-    StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply, WhyFound, WhySide,
+    DropCount, Health, Netcheck, NetcheckServer, PathKind, PeerWhy, Pong, PortMapper, PortMapperProtocol, Problem,
+    Punching, Removed, Request, Response, RouteChange, RouteLine, RouteList, RouteState, Severity, Status,
+    StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply, WhyFound, WhySide,
 };
 use meshd::wire::nat::{Mapper, PortModel, Seen};
 
@@ -207,8 +207,48 @@ fn netcheck_document() {
         relay_rtt_ms: None,
         meaning: "Most peers will be reached directly.".to_owned(),
         punching: Some(Punching { probes: 28, probes_per_second_max: 1000, ..Punching::default() }),
+        port_mapper: Some(port_mapper(Some("203.0.113.7:50112"))),
     };
-    check("netcheck", &["netcheck"], &[Response::Netcheck(Box::new(report)), Response::Done]);
+    check("netcheck", &["netcheck"], &[Response::Netcheck(Box::new(report.clone())), Response::Done]);
+    let refused = Netcheck { port_mapper: Some(port_mapper(None)), ..report };
+    check("netcheck-not-mapped", &["netcheck"], &[Response::Netcheck(Box::new(refused)), Response::Done]);
+}
+
+fn port_mapper(external: Option<&str>) -> PortMapper {
+    let protocol = |name: &str, state: &str, text: Option<&str>| PortMapperProtocol {
+        name: name.to_owned(),
+        state: state.to_owned(),
+        text: text.map(ToOwned::to_owned),
+    };
+    let common = PortMapper {
+        enabled: true,
+        gateway: Some("192.168.1.1".parse().unwrap()),
+        internal_port: 50_112,
+        ..PortMapper::default()
+    };
+    match external {
+        Some(external) => PortMapper {
+            protocol: Some("pcp".to_owned()),
+            external: Some(external.parse().unwrap()),
+            lifetime_s: Some(7_200),
+            expires_s: Some(7_000),
+            protocols: vec![
+                protocol("pcp", "granted", None),
+                protocol("nat-pmp", "answers", None),
+                protocol("upnp", "silent", None),
+            ],
+            ..common
+        },
+        None => PortMapper {
+            protocols: vec![
+                protocol("pcp", "refused", Some("it does not allow it")),
+                protocol("nat-pmp", "silent", None),
+                protocol("upnp", "silent", None),
+            ],
+            reason: Some("the router refuses".to_owned()),
+            ..common
+        },
+    }
 }
 
 #[test]

@@ -25,6 +25,7 @@
 
 mod cases;
 mod flow;
+mod home_router;
 mod nats;
 mod net;
 mod packets;

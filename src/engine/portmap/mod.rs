@@ -32,6 +32,7 @@ use crate::engine::io::PortMapping;
 use crate::engine::portmap::asker::{Asker, Heard, Purpose, Step};
 use crate::engine::portmap::upnp::Upnp;
 use crate::time::Now;
+use crate::trust::keys::Secret32;
 use crate::wire::local::{PortMapper as Document, PortMapperProtocol};
 use crate::wire::upnp::{Action, Service, Url};
 use crate::wire::{nat_pmp, pcp};
@@ -141,7 +142,7 @@ enum Ending {
 #[derive(Debug)]
 pub struct PortMapper {
     internal_port: u16,
-    secret: [u8; 32],
+    secret: Secret32,
     rng: StdRng,
     gateway: Option<Gateway>,
     pcp: Asker,
@@ -161,14 +162,15 @@ pub struct PortMapper {
     /// The router's epoch in seconds, and when it was read.
     epoch: Option<(u32, Now)>,
     ending: Ending,
-    told: Option<PortMapping>,
+    /// What the planner was told last; None: nothing yet.
+    told: Option<Option<PortMapping>>,
     out: VecDeque<Output>,
 }
 
 impl PortMapper {
     /// A machine that maps the UDP port `internal_port` of this machine. `secret` is only ever used to derive nonces.
     #[must_use]
-    pub fn new(internal_port: u16, secret: [u8; 32], seed: u64) -> Self {
+    pub fn new(internal_port: u16, secret: Secret32, seed: u64) -> Self {
         Self {
             internal_port,
             secret,
@@ -457,6 +459,7 @@ impl PortMapper {
             self.round = false;
             self.again_at = Some(now + PAUSES[self.in_vain.min(PAUSES.len() - 1)]);
             self.in_vain += 1;
+            self.tell();
         }
     }
 
@@ -479,13 +482,13 @@ impl PortMapper {
     }
 
     fn hear_pcp(&mut self, answer: &pcp::Answer, gateway: Gateway, now: Now) {
-        use pcp::{About, ResultCode};
+        use crate::wire::pcp::{About, ResultCode};
         let refused = match answer.about {
             About::Announce if answer.result == ResultCode::SUCCESS => {
                 if self.pcp.waits_for(Purpose::Check) {
                     self.pcp.stop();
                 }
-                self.hear_epoch(answer.epoch_s, Protocol::Pcp, now);
+                self.hear_epoch(answer.epoch_s, now);
                 return;
             }
             About::Map { nonce, internal_port, external } => {
@@ -524,7 +527,7 @@ impl PortMapper {
     }
 
     fn hear_nat_pmp(&mut self, answer: nat_pmp::Answer, now: Now) {
-        use nat_pmp::{About, ResultCode};
+        use crate::wire::nat_pmp::{About, ResultCode};
         if answer.result == ResultCode(1) {
             // A server of NAT-PMP alone, asked by PCP.
             self.pcp_refused("it speaks only NAT-PMP", now);
@@ -545,7 +548,7 @@ impl PortMapper {
                 {
                     grant.external.set_ip(outside);
                 }
-                self.hear_epoch(answer.epoch_s, Protocol::NatPmp, now);
+                self.hear_epoch(answer.epoch_s, now);
                 self.tell();
             }
             About::Map { internal_port, external_port, lifetime_s } if internal_port == self.internal_port => {
@@ -572,14 +575,15 @@ impl PortMapper {
     }
 
     /// Notes the router's epoch; one that does not fit the time passed means that the mappings are gone.
-    fn hear_epoch(&mut self, epoch_s: u32, protocol: Protocol, now: Now) {
+    /// PCP and NAT-PMP are spoken by the same server.
+    fn hear_epoch(&mut self, epoch_s: u32, now: Now) {
         let lost = self.epoch.is_some_and(|(before, at)| is_reset(before, epoch_s, now.since(at)));
         if lost && self.event_at.is_some_and(|at| now.since(at) < EVENT_GAP) {
             // Remembering the old one lets the next answer show it again.
             return;
         }
         self.epoch = Some((epoch_s, now));
-        if lost && self.grant.as_ref().is_some_and(|g| g.protocol == protocol) {
+        if lost && self.grant.as_ref().is_some_and(|g| g.protocol != Protocol::Upnp) {
             self.event_at = Some(now);
             self.renew(now);
         }
@@ -679,12 +683,14 @@ impl PortMapper {
     }
 
     fn tell(&mut self) {
-        let mapping = self.grant.as_ref().map(|grant| PortMapping {
-            external: grant.external.into(),
-            protocol: grant.protocol.name().to_owned(),
-        });
-        if mapping != self.told {
-            self.told.clone_from(&mapping);
+        let mapping = self
+            .grant
+            .as_ref()
+            .map(|grant| PortMapping { external: grant.external.into(), protocol: grant.protocol.name().to_owned() });
+        let asked_in_vain = self.again_at.is_some();
+        let news = self.told.as_ref().map_or(mapping.is_some() || asked_in_vain, |told| *told != mapping);
+        if news {
+            self.told = Some(mapping.clone());
             self.out.push_back(Output::Mapped(mapping));
         }
     }
@@ -700,7 +706,7 @@ impl PortMapper {
     fn nonce(&self, gateway: Gateway) -> pcp::Nonce {
         let mut out = [0; 12];
         // The key is shorter than the longest that BLAKE2s takes.
-        if let Ok(mut mac) = blake2::Blake2sMac256::new_from_slice(&self.secret) {
+        if let Ok(mut mac) = blake2::Blake2sMac256::new_from_slice(self.secret.expose()) {
             mac.update(b"meshd pcp nonce v1");
             mac.update(&gateway.router.octets());
             mac.update(&gateway.own.octets());
@@ -714,7 +720,8 @@ impl PortMapper {
 /// An address that somebody could be reached at, here or behind a carrier's NAT.
 fn is_outside(external: SocketAddrV4) -> bool {
     let ip = external.ip();
-    let special = ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || ip.is_broadcast() || ip.is_link_local();
+    let special =
+        ip.is_unspecified() || ip.is_loopback() || ip.is_multicast() || ip.is_broadcast() || ip.is_link_local();
     external.port() != 0 && !special && ip.octets()[0] != 0
 }
 

@@ -52,7 +52,7 @@ fn speaks(pcp: bool, nat_pmp: bool, upnp: bool) -> Router {
 fn rig(router: Router) -> Rig {
     let mut rig = Rig {
         now: Now(5_000_000),
-        machine: PortMapper::new(PORT, [3; 32], 1),
+        machine: PortMapper::new(PORT, Secret32::new([3; 32]), 1),
         router,
         events: VecDeque::new(),
         told: Vec::new(),
@@ -88,7 +88,10 @@ impl Router {
                     return Some([&[0, 129, 0, 0][..], &epoch, &request[4..6], &[0, 0], life].concat());
                 }
                 self.mappings.insert(inside, (4_660, None));
-                Some([&[0, 129, 0, 0][..], &epoch, &request[4..6], &[0x12, 0x34], &self.lifetime_s.to_be_bytes()].concat())
+                Some(
+                    [&[0, 129, 0, 0][..], &epoch, &request[4..6], &[0x12, 0x34], &self.lifetime_s.to_be_bytes()]
+                        .concat(),
+                )
             }
             _ => None,
         }
@@ -262,6 +265,7 @@ fn silence_is_met_with_patience() {
     rig.run_for(Duration::from_secs(10));
     assert_eq!(rig.states(), ["silent", "silent", "silent"]);
     assert!(rig.machine.status(rig.now).reason.unwrap().contains("neither PCP nor"));
+    assert_eq!(rig.told, [None], "that there is none is worth knowing, once");
     let first = rig.router.requests.len();
     assert_eq!(first, 8, "{:?}", rig.router.requests);
     // After 1, 5 and every 30 minutes.
@@ -393,7 +397,7 @@ fn who_was_killed_gets_the_same_mapping_back() {
     let mut rig = rig(speaks(true, false, false));
     rig.run_for(MINUTE);
     for (secret, granted) in [([3; 32], true), ([4; 32], false)] {
-        rig.machine = PortMapper::new(PORT, secret, 2);
+        rig.machine = PortMapper::new(PORT, Secret32::new(secret), 2);
         rig.told.clear();
         rig.machine.set_gateway(Some(Gateway { router: ROUTER, own: OWN }), rig.now);
         rig.run_for(MINUTE);

@@ -11,6 +11,7 @@ mod join;
 mod mistakes;
 mod mtu;
 mod paths;
+mod portmap;
 mod proxy;
 mod relay;
 mod secrecy;
@@ -25,6 +26,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(paths::cases());
     cases.extend(healing::cases());
     cases.extend(mtu::cases());
+    cases.extend(portmap::cases());
     cases.extend(relay::cases());
     cases.extend(proxy::cases());
     cases.extend(hard::cases());
