@@ -183,7 +183,12 @@ impl Driver {
             tokio::select! {
                 Some(input) = inputs.recv() => self.w.planner.handle(input, clock::now()),
                 Some(fact) = self.w.facts.recv() => self.w.planner.handle(Input::Notice(fact), clock::now()),
-                Some(slow) = self.w.slow.recv() => self.w.planner.handle(Input::Notice(slow), clock::now()),
+                Some(slow) = self.w.slow.recv() => {
+                    if let Notice::Slow { via, bytes } = &slow {
+                        tracing::trace!(?via, bytes = bytes.len(), "came for the planner");
+                    }
+                    self.w.planner.handle(Input::Notice(slow), clock::now());
+                }
                 Some(ask) = asks.recv() => ask(&mut self.w.planner, clock::now()),
                 rung = alarm.ring() => match rung {
                     Ok(()) => self.w.planner.handle_timeout(clock::now()),
@@ -257,6 +262,7 @@ impl Driver {
     }
 
     fn send(&mut self, via: Via, bytes: Vec<u8>) {
+        tracing::trace!(?via, bytes = bytes.len(), "sent by the planner");
         match via {
             Via::Relay { peer } => self.relay.urgent(peer, bytes),
             Via::Udp { socket, remote } => {
@@ -269,6 +275,7 @@ impl Driver {
     fn prime(&mut self, via: Via, bytes: &[u8], ttl: u8) {
         // Nothing dies on the way through the relay.
         let Via::Udp { socket, remote } = via else { return };
+        tracing::trace!(?via, bytes = bytes.len(), ttl, "sent by the planner, to die on the way");
         let sent = self.w.sockets.send_dying(socket, &remote, bytes, ttl);
         self.note_sent(via, bytes.len(), sent);
     }

@@ -139,6 +139,30 @@ mod tests {
         poll(&mut [PollFd::new(extra.descriptor(), PollFlags::POLLIN)], PollTimeout::from(patience)).unwrap() == 1
     }
 
+    /// Runs again as a process of its own, with few descriptors.
+    #[test]
+    fn when_there_are_no_more_descriptors_some_are_given_back() {
+        const FEW: &str = "MESHD_TEST_FEW_DESCRIPTORS";
+        let name = "os::extra::tests::when_there_are_no_more_descriptors_some_are_given_back";
+        if std::env::var_os(FEW).is_none() {
+            let mut again = std::process::Command::new("/bin/sh");
+            again.args(["-c", "ulimit -n 80 && exec \"$0\" --exact \"$1\""]).arg(std::env::current_exe().unwrap());
+            let output = again.arg(name).env(FEW, "1").output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(output.status.success() && said.contains("1 passed"), "{said}");
+            return;
+        }
+        let extra = ExtraSockets::new(true).unwrap();
+        let Opened { sockets, error } = extra.open(&numbers(2..514));
+        assert_eq!(error.unwrap().raw_os_error(), Some(libc::EMFILE));
+        assert!((20..80).contains(&sockets.len()), "{}", sockets.len());
+        assert_eq!(extra.count(), sockets.len());
+        let spare: Vec<_> = (0..SPARE).map(|_| std::fs::File::open("/dev/null").unwrap()).collect();
+        drop(spare);
+        extra.close(&sockets);
+        assert_eq!(extra.count(), 0);
+    }
+
     #[test]
     fn many_sockets_are_waited_for_as_one_and_closed_ones_are_gone() {
         let extra = ExtraSockets::new(true).unwrap();

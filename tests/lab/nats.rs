@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
-use meshd::cli::demo::net::{Namespace, Router, Segment};
+use meshd::cli::demo::net::{INTERNET_V4, Namespace, Router, Segment};
 
 /// Where blocks begin, and where counting does.
 const BLOCK_BASE: u32 = 20_000;
@@ -125,38 +125,31 @@ impl<'a> Kind<'a> {
     }
 }
 
-/// A router with a NAT of this kind.
+/// A router with a NAT of this kind on the internet, see [`routed`].
 pub fn router(segment: &Segment, name: &str, number: u8, kind: &str) -> Result<Router> {
     let wan = segment.v4(number);
     let rules = Kind::parse(kind, &wan).and_then(|k| k.rules(&wan)).with_context(|| format!("the NAT {kind}"))?;
-    segment.router_with(name, number, &rules).with_context(|| format!("the NAT {kind}"))
+    let made = segment.router_with(name, number, &rules).with_context(|| format!("the NAT {kind}"))?;
+    made.namespace.ip(&format!("route replace {INTERNET_V4}.0/24 via {HOP} dev wan onlink"))?;
+    Ok(made)
 }
 
-/// Puts a router between any two machines on the internet: UDP over IPv4 takes a hop, and what dies there is told.
+/// Makes the internet a router, for the routers made by [`router`]: there is a hop between any two, what dies there is told, and
+/// none of them has to ask for another's hardware address, which would take the first packet a round trip.
 ///
 /// ```text
 ///   ra ──┐                   ┌── rb
-///        ├─ bridge ─ router ─┤        every datagram to the router first, by its frame's address
+///        ├─ bridge = router ─┤        through it, and out of the bridge again
 ///   coord┘                   └── rc
 /// ```
 pub fn routed(internet: &Segment) -> Result<()> {
-    const MAC: &str = "02:00:00:00:00:fe";
     let (namespace, bridge) = (internet.namespace(), internet.bridge_name());
-    namespace.ip(&format!("link set {bridge} address {MAC}"))?;
     namespace.ip(&format!("addr add {HOP}/24 dev {bridge}"))?;
     namespace.sysctl("ipv4/ip_forward", "1")?;
     for which in ["all", bridge] {
         namespace.sysctl(&format!("ipv4/conf/{which}/send_redirects"), "0")?;
     }
-    namespace.nft(&format!(
-        "table bridge hop {{
-           chain in {{
-             type filter hook prerouting priority -300
-             ether type ip ip protocol udp ether daddr set {MAC} meta pkttype set host
-           }}
-         }}
-        "
-    ))
+    Ok(())
 }
 
 /// Others behind a router, who open so many flows a second until this is dropped.

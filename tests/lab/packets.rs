@@ -37,6 +37,14 @@ pub fn delay(segment: &Segment, machine: &str, one_way: Duration) -> Result<()> 
     carry(far, near, one_way)
 }
 
+/// The longest that a frame was later than its cable takes, in microseconds: how busy the machine is.
+static BEHIND: AtomicU64 = AtomicU64::new(0);
+
+/// How much later than it should a frame came since this was asked last.
+pub fn behind() -> Duration {
+    Duration::from_micros(BEHIND.swap(0, Ordering::Relaxed))
+}
+
 fn carry(from: OwnedFd, to: OwnedFd, late: Duration) -> Result<()> {
     let work = move || {
         let mut under_way: VecDeque<(Instant, Vec<u8>)> = VecDeque::new();
@@ -44,7 +52,9 @@ fn carry(from: OwnedFd, to: OwnedFd, late: Duration) -> Result<()> {
         loop {
             let now = Instant::now();
             while under_way.front().is_some_and(|(due, _)| *due <= now) {
-                if let Some((_, frame)) = under_way.pop_front() {
+                if let Some((due, frame)) = under_way.pop_front() {
+                    let behind = now.saturating_duration_since(due).as_micros();
+                    BEHIND.fetch_max(u64::try_from(behind).unwrap_or(u64::MAX), Ordering::Relaxed);
                     let _ = nix::unistd::write(&to, &frame);
                 }
             }

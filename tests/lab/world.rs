@@ -269,6 +269,19 @@ impl World {
         self.join_as(nodes.collect())
     }
 
+    /// The same for many, which come up at the same time.
+    pub fn join_at_once(&self, nodes: &[&Node]) -> Result<()> {
+        let (first, others) = nodes.split_first().context("a network needs a machine")?;
+        first.up(&self.coordinator.claim()?)?;
+        let invites: Vec<String> = others.iter().map(|_| first.invite()).collect::<Result<_>>()?;
+        std::thread::scope(|scope| {
+            let up = others.iter().zip(&invites).map(|(node, invite)| scope.spawn(|| node.up(invite)));
+            let joining: Vec<_> = up.collect();
+            joining.into_iter().try_for_each(|node| node.join().map_err(|_| anyhow!("a thread panicked"))?.map(drop))
+        })?;
+        nodes.iter().try_for_each(|node| wait_for_peers(node, others.len()))
+    }
+
     /// The same for nodes that are special in some way.
     pub fn join_as(&self, nodes: Vec<Node>) -> Result<Vec<Node>> {
         let (first, others) = nodes.split_first().context("a network needs a machine")?;

@@ -106,6 +106,8 @@ pub(crate) struct Node {
     /// Ports of the sockets besides the main one, and what they are for.
     pub(crate) extra: BTreeMap<u16, Extra>,
     pub(crate) check: Option<Box<Netcheck>>,
+    /// What the last one found.
+    pub(crate) report: Option<Box<meshd::wire::local::Netcheck>>,
     /// Probes and STUN requests sent by the planner.
     pub(crate) probes: u64,
     /// The most sockets for the planner that were open at once.
@@ -311,6 +313,7 @@ impl Sim {
             asleep: false,
             extra: BTreeMap::new(),
             check: None,
+            report: None,
             probes: 0,
             most_extra: 0,
         });

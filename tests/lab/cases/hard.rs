@@ -1,5 +1,6 @@
 //! Pairs of NATs by the kernel: how long it takes until both sides send directly, and how many packets.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -8,13 +9,14 @@ use meshd::cli::demo::net::Router;
 use meshd::wire::local::{PathKind, Punching};
 
 use crate::nats::{self, Foreign};
-use crate::packets::delay;
+use crate::packets::{behind, delay};
 use crate::runner::{Case, case};
-use crate::world::{Icmp, Node, World, ensure, eventually, let_pass, until, wait_for_peers};
+use crate::world::{Icmp, Node, World, ensure, eventually, let_pass, until};
 
 pub fn cases() -> Vec<Case> {
     vec![
         case("hard::endpoint_independent_to_the_same", || row("eim+apdf", "linux", 0, Bar::ms(150))),
+        case("hard::full_cone_to_symmetric", || row("eim+eif", "apdm+apdf", 0, Bar::ms(100))),
         case("hard::address_restricted_to_symmetric", || row("eim+adf", "linux+random", 0, Bar::ms(200))),
         case("hard::routers_without_a_firewall", || row("linux+open", "linux+open", 0, Bar::ms(300))),
         case("hard::sequential_to_port_restricted", || {
@@ -31,6 +33,7 @@ pub fn cases() -> Vec<Case> {
             row("linux+block512", "linux+block512", 0, Bar { packets_a_side: Some(2_000), ..Bar::ms(2_000) })
         }),
         case("hard::random_by_address_to_random", || row("apdm+adf", "linux+random", 0, Bar::ms(2_000))),
+        case("hard::few_descriptors_are_named_and_the_pair_is_relayed", few_descriptors),
         case("hard::random_to_random_is_relayed_without_a_storm", hopeless),
     ]
 }
@@ -40,7 +43,11 @@ const PAIRS: u8 = 5;
 /// What is not direct by then is not.
 const PATIENCE: Duration = Duration::from_secs(12);
 
-/// What is promised of a row; all pairs must be direct in the end, and four of five in time.
+/// A pair that met while the machine was further behind than this says nothing about time.
+const BUSY: Duration = Duration::from_millis(4);
+
+/// What is promised of a row: all pairs must be direct in the end, and of those measured on a machine that kept up all but one
+/// in time.
 #[derive(Clone, Copy)]
 struct Bar {
     time: Duration,
@@ -71,12 +78,12 @@ struct Pair {
 /// ```
 ///
 /// One way: a to b 20 ms, relayed 30 ms.
-fn pairs(left: &str, right: &str) -> Result<(World, Vec<Pair>)> {
+fn pairs(left: &str, right: &str, count: u8) -> Result<(World, Vec<Pair>)> {
     let world = World::new()?;
     nats::routed(&world.internet)?;
     delay(&world.internet, "coord", Duration::from_millis(5))?;
     let mut pairs = Vec::new();
-    for n in 1..=PAIRS {
+    for n in 1..=count {
         let site = |side: &str, number: u8, kind: &str| -> Result<(Node, Router)> {
             let name = format!("r{side}{n}");
             let router = nats::router(&world.internet, &name, number, kind)?;
@@ -93,18 +100,8 @@ fn pairs(left: &str, right: &str) -> Result<(World, Vec<Pair>)> {
 /// Brings all of them up in one network, and waits until each has looked at its NAT.
 fn join(world: &World, pairs: &[Pair]) -> Result<()> {
     let nodes: Vec<&Node> = pairs.iter().flat_map(|pair| &pair.nodes).collect();
-    let (first, others) = nodes.split_first().expect("a row has pairs");
-    first.up(&world.coordinator.claim()?)?;
-    let invites: Vec<String> = others.iter().map(|_| first.invite()).collect::<Result<_>>()?;
-    std::thread::scope(|scope| {
-        let joining: Vec<_> =
-            others.iter().zip(&invites).map(|(node, invite)| scope.spawn(|| node.up(invite))).collect();
-        joining
-            .into_iter()
-            .try_for_each(|node| node.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?.map(drop))
-    })?;
+    world.join_at_once(&nodes)?;
     for node in &nodes {
-        wait_for_peers(node, others.len())?;
         until(&format!("{} knows its NAT", node.name), Duration::from_secs(20), || {
             let nat = node.status()?.nat;
             let is_hard = nat.mapping.as_deref().is_some_and(|m| m != "endpoint-independent");
@@ -124,6 +121,8 @@ struct Met {
     after: Option<Duration>,
     /// Of each side, until then.
     packets: [u64; 2],
+    /// The most that a frame came late meanwhile, because the machine had other things to do.
+    behind: Duration,
 }
 
 impl Pair {
@@ -140,14 +139,16 @@ impl Pair {
     fn meet(&self) -> Result<Met> {
         let [a, b] = &self.nodes;
         let (before, to) = (self.packets()?, b.address(true)?);
+        behind();
         let start = Instant::now();
         let mut pings = Pings(a.start_icmp(to, &["-q", "-i", "0.02", "-W", "5"])?.0);
-        let mut met = Met { after: None, packets: [0; 2] };
+        let mut met = Met { after: None, packets: [0; 2], behind: Duration::ZERO };
         while met.after.is_none() && start.elapsed() < PATIENCE {
             let_pass(Duration::from_millis(3));
             met.after = self.is_direct()?.then(|| start.elapsed());
         }
         pings.end();
+        met.behind = behind();
         let after = self.packets()?;
         met.packets = [after[0] - before[0], after[1] - before[1]];
         Ok(met)
@@ -186,7 +187,7 @@ impl Drop for Pings {
 
 /// Every pair of a row meets, one after the other.
 fn row(left: &str, right: &str, foreign: u32, bar: Bar) -> Result<()> {
-    let (world, pairs) = pairs(left, right)?;
+    let (world, pairs) = pairs(left, right, PAIRS)?;
     let mut others = Vec::new();
     for router in pairs.iter().flat_map(|pair| &pair.routers).filter(|_| foreign > 0) {
         others.push(Foreign::start(&router.namespace, foreign)?);
@@ -205,25 +206,51 @@ fn row(left: &str, right: &str, foreign: u32, bar: Bar) -> Result<()> {
             && bar.packets.is_none_or(|most| m.packets.iter().sum::<u64>() <= most)
             && bar.packets_a_side.is_none_or(|most| m.packets.iter().all(|side| *side <= most))
     };
-    let in_time = met.iter().filter(good).count();
+    let judged: Vec<&Met> = met.iter().filter(|m| m.behind <= BUSY).collect();
+    let in_time = judged.iter().copied().filter(good).count();
     ensure(met.iter().all(|m| m.after.is_some()), || format!("not all are direct: {met:?}"))?;
-    ensure(in_time + 1 >= met.len(), || format!("only {in_time} within {:?}: {met:?}", bar.time))
+    ensure(in_time + 1 >= judged.len(), || format!("only {in_time} within {:?}: {met:?}", bar.time))
 }
 
 fn report(left: &str, right: &str, foreign: u32, met: &[Met]) {
     let mut times: Vec<u128> = met.iter().filter_map(|m| m.after).map(|after| after.as_millis()).collect();
     times.sort_unstable();
     let packets: Vec<u64> = met.iter().map(|m| m.packets.iter().sum()).collect();
+    let behind = met.iter().map(|m| m.behind).max().unwrap_or_default();
     println!(
-        "{left} × {right}, {foreign} others a second: {} of {} direct after {times:?} ms; packets of both {packets:?}",
+        "{left} × {right}, {foreign} others a second: {} of {} direct after {times:?} ms; packets of both {packets:?}; \
+         the machine was at most {behind:?} behind",
         times.len(),
         met.len(),
     );
 }
 
+/// A machine that may open few files cannot open 256 sockets: no such punch is begun, and `status` says why.
+fn few_descriptors() -> Result<()> {
+    let (world, mut pairs) = pairs("linux+random", "linux", 1)?;
+    let a = &mut pairs[0].nodes[0];
+    let wrapper = a.state_dir().with_extension("sh");
+    std::fs::write(&wrapper, format!("#!/bin/sh\nulimit -n 200\nexec {} \"$@\"\n", a.binary.display()))?;
+    std::fs::set_permissions(&wrapper, std::fs::Permissions::from_mode(0o755))?;
+    a.binary = wrapper;
+    join(&world, &pairs)?;
+    let [a, b] = &pairs[0].nodes;
+    let status = a.status()?;
+    ensure(status.health.iter().any(|h| h.code == "sockets-few" && !h.hint.is_empty()), || {
+        format!("{:?}", status.health)
+    })?;
+    let most = punching(a)?.sockets_max;
+    ensure(most == 72, || format!("{most} sockets of 200 descriptors"))?;
+    let (code, pongs) = a.ping(&b.name, &["--until-direct", "--timeout", "4s", "--interval", "200ms"])?;
+    ensure(code == 1 && pongs.iter().all(|pong| pong.answered), || format!("{code}: {pongs:?}"))?;
+    ensure(punching(a)?.sockets == 0, || "sockets were opened".to_owned())?;
+    let reason = a.peer(&b.name)?.path.reason;
+    ensure(reason.is_some(), || "no reason".to_owned())
+}
+
 /// No punch can succeed, so next to none is tried.
 fn hopeless() -> Result<()> {
-    let (world, pairs) = pairs("linux+random", "linux+random")?;
+    let (world, pairs) = pairs("linux+random", "linux+random", PAIRS)?;
     join(&world, &pairs)?;
     let before: Vec<[u64; 2]> = pairs.iter().map(Pair::packets).collect::<Result<_>>()?;
     let mut pings = Vec::new();

@@ -2,6 +2,7 @@
 
 mod coordinator;
 mod cost;
+mod crowd;
 mod daemon;
 mod demonstration;
 mod hard;
@@ -30,6 +31,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(relay::cases());
     cases.extend(proxy::cases());
     cases.extend(hard::cases());
+    cases.extend(crowd::cases());
     cases.extend(daemon::cases());
     cases.extend(coordinator::cases());
     cases.extend(secrecy::cases());

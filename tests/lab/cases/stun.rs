@@ -7,7 +7,9 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use meshd::cli::demo::net::{Namespace, Nat};
 use meshd::wire::local::Netcheck;
+use meshd::wire::nat::PortModel;
 
+use crate::nats;
 use crate::net;
 use crate::runner::{Case, case, skip};
 use crate::world::{Node, World, ensure, eventually};
@@ -15,6 +17,7 @@ use crate::world::{Node, World, ensure, eventually};
 pub fn cases() -> Vec<Case> {
     vec![
         case("netcheck::classifies_the_kernels_nats", classify),
+        case("netcheck::the_kernels_nats_are_the_simulators", calibrate),
         case("netcheck::says_that_udp_is_blocked", udp_blocked),
         case("netcheck::asks_a_server_of_others", third_party),
         case("stun::turnutils_finds_the_nat_behaviour_with_our_server", natdiscovery),
@@ -52,6 +55,50 @@ fn classify() -> Result<()> {
         ensure(text.contains(mapping) && text.contains(&report.meaning), || format!("the text lacks it:\n{text}"))?;
     }
     Ok(())
+}
+
+/// One machine behind each kind of NAT in the table of `nat-matrix.md`, which the simulator wrote.
+fn calibrate() -> Result<()> {
+    let page = include_str!("../../../docs/reference/nat-matrix.md");
+    let rows: Vec<Vec<&str>> = page
+        .lines()
+        .skip_while(|line| !line.starts_with("| kind |"))
+        .skip(2)
+        .take_while(|line| line.starts_with('|'))
+        .map(|line| line.trim_matches('|').split('|').map(str::trim).collect())
+        .collect();
+    ensure(rows.len() >= 16, || format!("{} kinds in the table", rows.len()))?;
+    let world = World::new()?;
+    nats::routed(&world.internet)?;
+    let mut machines = Vec::new();
+    for (row, number) in rows.iter().zip(21..) {
+        let router = nats::router(&world.internet, &format!("r{number}"), number, row[0])?;
+        let name = format!("n{number}");
+        machines.push(Node::new(&name, router.lan.host(&name, 2)?));
+    }
+    let nodes: Vec<&Node> = machines.iter().collect();
+    world.join_at_once(&nodes)?;
+    let reports: Vec<Netcheck> = std::thread::scope(|scope| {
+        let checks: Vec<_> = nodes.iter().map(|node| scope.spawn(|| netcheck(node))).collect();
+        checks.into_iter().map(|c| c.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?).collect::<Result<_>>()
+    })?;
+    let mut differ = Vec::new();
+    for (report, row) in reports.iter().zip(&rows) {
+        let found = [
+            report.mapping.as_deref().unwrap_or("unknown"),
+            report.filtering.as_deref().unwrap_or("unknown"),
+            report.port_model.map_or("not asked", PortModel::name),
+            report.hairpin.map_or("not asked", |yes| if yes { "yes" } else { "no" }),
+        ];
+        println!(
+            "{:<16} {:<28} {:<28} {:<12} {:<10} {:?}",
+            row[0], found[0], found[1], found[2], found[3], report.nat_depth
+        );
+        if found[..] != row[1..] || report.nat_depth != Some(1) {
+            differ.push(format!("{}: {found:?} instead of {:?}, {:?} NATs", row[0], &row[1..], report.nat_depth));
+        }
+    }
+    ensure(differ.is_empty(), || differ.join("\n"))
 }
 
 fn udp_blocked() -> Result<()> {

@@ -6,7 +6,9 @@ mod tests {
     use std::fmt::Write as _;
     use std::time::Duration;
 
-    use crate::hard::cell::run;
+    use meshd::wire::nat::PortModel;
+
+    use crate::hard::cell::{run, stage};
     use crate::hard::table::{RUNS, measured};
     use crate::nat::{Kind, NAMES};
     use crate::scenario::Scenario;
@@ -73,6 +75,9 @@ mod tests {
             }
         }
         out.push_str(TAIL);
+        for name in EXAMINED {
+            let _ = writeln!(out, "| {name} | {} |", verdict(name));
+        }
         out.push_str(&healing());
         out
     }
@@ -99,6 +104,40 @@ mod tests {
         }
         out
     }
+
+    /// What a node behind this kind of NAT finds out about it.
+    fn verdict(name: &str) -> String {
+        let (sim, _, a, _) = stage(&Scenario { seed: 1, ..Scenario::pair(name.parse().unwrap(), Kind::Public) });
+        let report = sim.node(a).report.clone().expect("it was examined");
+        sim.finish();
+        let words = [
+            report.mapping.as_deref().unwrap_or("unknown"),
+            report.filtering.as_deref().unwrap_or("unknown"),
+            report.port_model.map_or("not asked", PortModel::name),
+            report.hairpin.map_or("not asked", |yes| if yes { "yes" } else { "no" }),
+        ];
+        words.join(" | ")
+    }
+
+    /// The kinds that the kernel can be made to be.
+    const EXAMINED: [&str; 16] = [
+        "linux",
+        "linux+open",
+        "linux+random",
+        "linux+block512",
+        "eim+eif",
+        "eim+adf",
+        "eim+apdf",
+        "eim+eif+hair",
+        "eim+apdf+hair",
+        "adm+eif",
+        "adm+adf",
+        "adm+apdf",
+        "apdm+eif",
+        "apdm+adf",
+        "apdm+apdf",
+        "apdm+apdf+seq",
+    ];
 
     const HEAD: &str = "\
 # Which pairs of NATs get a direct path
@@ -143,5 +182,13 @@ from when the blackhole ended; pings lost on average. ";
 
     const TAIL: &str = "
 Two NATs that draw from all ports and filter by port are relayed; such a pair sends at most 50 packets a minute a side.
+
+## What `meshd netcheck` says behind each
+
+The simulator's kinds as netcheck sees them. `cargo test --test lab -- netcheck::the_kernels_nats_are_the_simulators` makes each of them of the
+kernel's NAT (`tests/lab/nats.rs`), runs the real netcheck behind it, and finds the same:
+
+| kind | mapping | filtering | ports | hairpin |
+|---|---|---|---|---|
 ";
 }

@@ -67,6 +67,7 @@ impl Sim {
             None => {
                 let report = Box::new(check.finish());
                 node.check = None;
+                node.report = Some(report.clone());
                 node.extra.retain(|_, e| matches!(e, Extra::Data(_)));
                 self.input(Self::node_of(life), Input::NetReport(report));
             }
