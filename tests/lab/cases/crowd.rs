@@ -85,14 +85,19 @@ fn fifty_peers() -> Result<()> {
         let direct = me.status()?.peers.iter().filter(|peer| peer.path.kind == PathKind::Direct).count();
         Ok((direct == peers.len()).then(|| start.elapsed()))
     })?;
+    let mut lost = 0;
     for (name, ping) in pings {
         let seen = Icmp::wait(ping, Duration::from_secs(40))?;
         most = most.max(entries(&home.namespace)?);
-        ensure(seen.sent == 60 && seen.received == 60, || format!("to {name}: {seen:?}"))?;
+        lost += seen.sent - seen.received;
+        // Fifty-one nodes run on this machine; a peer that a full table kept away would answer none.
+        ensure(seen.sent == 60 && seen.received >= 54, || {
+            format!("to {name}: {seen:?}\n{}", me.run(&["status", "--drops"]).unwrap_or_default())
+        })?;
     }
     let (asked, answered) = others.stop()?;
     println!(
-        "{} peers direct after {all:?}; at most {most} of {TABLE} sessions in the table; \
+        "{} peers direct after {all:?}, {lost} of their 3000 pings lost; at most {most} of {TABLE} sessions in the table; \
          {answered} of a neighbour's {asked} new sessions answered",
         peers.len()
     );
@@ -139,10 +144,11 @@ impl Neighbour {
             let (mut asked, mut answered) = (0, 0);
             while asked < NEW_SESSIONS && !stopped.load(Ordering::Relaxed) {
                 let socket = machine.enter(|| UdpSocket::bind("0.0.0.0:0"))??;
-                socket.set_read_timeout(Some(Duration::from_secs(2)))?;
-                socket.send_to(b"hello", ECHO)?;
+                socket.set_read_timeout(Some(Duration::from_secs(1)))?;
                 asked += 1;
-                answered += u32::from(socket.recv(&mut [0; 64]).is_ok());
+                // As programs do; what has no room in a full table has none a second later.
+                let heard = || socket.send_to(b"hello", ECHO).and_then(|_| socket.recv(&mut [0; 64])).is_ok();
+                answered += u32::from(heard() || heard());
                 std::thread::park_timeout(Duration::from_millis(100));
             }
             Ok((asked, answered))
