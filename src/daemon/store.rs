@@ -693,6 +693,7 @@ mod tests {
         assert_eq!(store.network().unwrap(), Some(network()));
         assert_eq!(store.records().unwrap(), [record(1), record(2), record(3)]);
         assert_eq!(store.state().unwrap().port, 40_000);
+        assert_eq!(store.state().unwrap().worked, [joined()]);
         assert_eq!(*store.settings().unwrap().proxy.secret_text(), "http://ann:secret@proxy:3128");
         assert!(store.notes().is_empty());
         assert_eq!(mode(&path), 0o700);

@@ -508,7 +508,8 @@ impl PathAgent {
             self.probe(leg, FULL, cx);
             self.search.suspect(cx.now);
         }
-        if self.awake {
+        // A call of the peer is answered with what is known soon: the peer may be the one that ignores calls meanwhile.
+        if self.awake && !matches!(self.stage, Stage::ToAnswer { .. }) {
             self.stage = Stage::ToCall;
         }
     }
