@@ -27,7 +27,6 @@ const ALLOWED_CRATES: &[(&str, &str)] = &[
     ("ipnet", "prefixes"),
     ("mock_instant", "the simulator's clock, never in the shipped program"),
     ("parking_lot", "the mutex around a session"),
-    ("prefix_trie", "longest match"),
     ("proptest", "property tests"),
     ("rand", "seeded randomness, injected"),
     ("rustc_hash", "hash maps for lookup"),

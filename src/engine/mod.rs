@@ -16,6 +16,7 @@ pub mod path;
 pub mod peer;
 pub mod planner;
 pub mod portmap;
+pub mod prefixes;
 pub mod routes;
 pub mod session;
 pub mod steer;

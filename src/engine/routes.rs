@@ -1,38 +1,28 @@
 //! Which peer owns an address: the longest prefix decides, in both directions.
 //!
 //! Outbound asks [`Routes`] where to send: one peer a prefix. Inbound asks [`Sources`] whether the sender may send from an
-//! address: several peers may lead to one prefix, and answers come back through whichever was asked. Nearly all lookups
-//! are for a node's own address, so single addresses are in a hash map (4 ns); the rest is in a prefix trie (30 ns).
+//! address: several peers may lead to one prefix, and answers come back through whichever was asked.
 
 use std::net::IpAddr;
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
-use prefix_trie::PrefixMap;
+use ipnet::IpNet;
 use rustc_hash::FxHashMap;
 
 use crate::engine::io::PeerId;
+use crate::engine::prefixes::Prefixes;
 
 /// Prefix → peer.
 #[derive(Debug, Default)]
 pub struct Routes {
-    hosts: FxHashMap<IpAddr, PeerId>,
-    nets4: PrefixMap<Ipv4Net, PeerId>,
-    nets6: PrefixMap<Ipv6Net, PeerId>,
+    owners: Prefixes<PeerId>,
     by_peer: FxHashMap<PeerId, Vec<IpNet>>,
-    reserved: Vec<IpNet>,
 }
 
 impl Routes {
     /// Gives a prefix to a peer, taking it from whoever had it. Host bits are ignored.
     pub fn insert(&mut self, net: IpNet, peer: PeerId) {
         let net = net.trunc();
-        let before = match host(&net) {
-            Some(ip) => self.hosts.insert(ip, peer),
-            None => match net {
-                IpNet::V4(net) => self.nets4.insert(net, peer),
-                IpNet::V6(net) => self.nets6.insert(net, peer),
-            },
-        };
+        let before = self.owners.insert(net, peer);
         if before == Some(peer) {
             return;
         }
@@ -55,45 +45,27 @@ impl Routes {
     /// Takes everything from a peer.
     pub fn remove_peer(&mut self, peer: PeerId) {
         for net in self.by_peer.remove(&peer).unwrap_or_default() {
-            match host(&net) {
-                Some(ip) => drop(self.hosts.remove(&ip)),
-                None => match net {
-                    IpNet::V4(net) => drop(self.nets4.remove(&net)),
-                    IpNet::V6(net) => drop(self.nets6.remove(&net)),
-                },
-            }
+            self.owners.remove(net);
         }
     }
 
     /// In this range only single addresses have owners: the mesh's own, which no route, however wide, takes in.
     pub fn reserve(&mut self, range: IpNet) {
-        self.reserved.push(range);
+        self.owners.reserve(range);
     }
 
     /// The owner of the longest prefix that holds `ip`.
     #[must_use]
     pub fn lookup(&self, ip: IpAddr) -> Option<PeerId> {
-        if let Some(peer) = self.hosts.get(&ip) {
-            return Some(*peer);
-        }
-        if self.reserved.iter().any(|range| range.contains(&ip)) {
-            return None;
-        }
-        match ip {
-            IpAddr::V4(ip) => self.nets4.get_lpm(&Ipv4Net::from(ip)).map(|(_, peer)| *peer),
-            IpAddr::V6(ip) => self.nets6.get_lpm(&Ipv6Net::from(ip)).map(|(_, peer)| *peer),
-        }
+        self.owners.longest(ip).copied()
     }
 }
 
 /// Prefix → the peers that may send from it.
 #[derive(Debug, Default)]
 pub struct Sources {
-    hosts: FxHashMap<IpAddr, PeerId>,
-    nets4: PrefixMap<Ipv4Net, Vec<PeerId>>,
-    nets6: PrefixMap<Ipv6Net, Vec<PeerId>>,
+    owners: Prefixes<Owners>,
     by_peer: FxHashMap<PeerId, Vec<IpNet>>,
-    reserved: Vec<IpNet>,
 }
 
 impl Sources {
@@ -102,10 +74,9 @@ impl Sources {
         self.remove_peer(peer);
         for net in &nets {
             let net = net.trunc();
-            match (host(&net), net) {
-                (Some(ip), _) => drop(self.hosts.insert(ip, peer)),
-                (None, IpNet::V4(net)) => self.nets4.entry(net).or_default().push(peer),
-                (None, IpNet::V6(net)) => self.nets6.entry(net).or_default().push(peer),
+            match self.owners.get_mut(net) {
+                Some(owners) if net.prefix_len() < net.max_prefix_len() => owners.add(peer),
+                Some(_) | None => drop(self.owners.insert(net, Owners::One(peer))),
             }
         }
         self.by_peer.insert(peer, nets);
@@ -115,59 +86,57 @@ impl Sources {
     pub fn remove_peer(&mut self, peer: PeerId) {
         for net in self.by_peer.remove(&peer).unwrap_or_default() {
             let net = net.trunc();
-            match (host(&net), net) {
-                (Some(ip), _) => {
-                    if self.hosts.get(&ip) == Some(&peer) {
-                        self.hosts.remove(&ip);
-                    }
-                }
-                (None, IpNet::V4(net)) => {
-                    let owners = self.nets4.get_mut(&net);
-                    if owners.is_some_and(|owners| without(owners, peer)) {
-                        self.nets4.remove(&net);
-                    }
-                }
-                (None, IpNet::V6(net)) => {
-                    let owners = self.nets6.get_mut(&net);
-                    if owners.is_some_and(|owners| without(owners, peer)) {
-                        self.nets6.remove(&net);
-                    }
-                }
+            if self.owners.get_mut(net).is_some_and(|owners| owners.is_empty_without(peer)) {
+                self.owners.remove(net);
             }
         }
     }
 
     /// As [`Routes::reserve`].
     pub fn reserve(&mut self, range: IpNet) {
-        self.reserved.push(range);
+        self.owners.reserve(range);
     }
 
     /// True if the longest prefix that holds `ip` is one that this peer may send from.
     #[must_use]
     pub fn admits(&self, ip: IpAddr, peer: PeerId) -> bool {
-        if let Some(owner) = self.hosts.get(&ip) {
-            return *owner == peer;
-        }
-        if self.reserved.iter().any(|range| range.contains(&ip)) {
-            return false;
-        }
-        let owners = match ip {
-            IpAddr::V4(ip) => self.nets4.get_lpm(&Ipv4Net::from(ip)).map(|(_, owners)| owners),
-            IpAddr::V6(ip) => self.nets6.get_lpm(&Ipv6Net::from(ip)).map(|(_, owners)| owners),
-        };
-        owners.is_some_and(|owners| owners.contains(&peer))
+        self.owners.longest(ip).is_some_and(|owners| owners.contains(&peer))
     }
 }
 
-/// Takes a peer out; true: nobody is left.
-fn without(owners: &mut Vec<PeerId>, peer: PeerId) -> bool {
-    owners.retain(|owner| *owner != peer);
-    owners.is_empty()
+/// Who may send from a prefix: nearly always one, and there are many prefixes.
+#[derive(Debug)]
+enum Owners {
+    One(PeerId),
+    Several(Vec<PeerId>),
 }
 
-/// The address of a prefix that holds just one.
-fn host(net: &IpNet) -> Option<IpAddr> {
-    (net.prefix_len() == net.max_prefix_len()).then(|| net.addr())
+impl Owners {
+    fn as_slice(&self) -> &[PeerId] {
+        match self {
+            Self::One(peer) => std::slice::from_ref(peer),
+            Self::Several(peers) => peers,
+        }
+    }
+
+    fn contains(&self, peer: &PeerId) -> bool {
+        self.as_slice().contains(peer)
+    }
+
+    fn add(&mut self, peer: PeerId) {
+        *self = Self::Several([self.as_slice(), &[peer]].concat());
+    }
+
+    /// Takes a peer out; true: nobody is left.
+    fn is_empty_without(&mut self, peer: PeerId) -> bool {
+        match self {
+            Self::One(one) => *one == peer,
+            Self::Several(peers) => {
+                peers.retain(|owner| *owner != peer);
+                peers.is_empty()
+            }
+        }
+    }
 }
 
 #[cfg(test)]
