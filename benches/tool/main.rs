@@ -4,6 +4,7 @@
 //! bench-tool pipe NAME LOCAL REMOTE [--no-offload]   a tunnel without encryption or bookkeeping: the yardstick
 //! bench-tool echo ADDRESS                            answers every datagram
 //! bench-tool ask ADDRESS SECONDS                     round trips by UDP, one at a time: JSON with microseconds
+//! bench-tool gaps ADDRESS SECONDS                    asks every 10 ms: JSON with the longest time without an answer
 //! ```
 //!
 //! The pipe moves bytes between a TUN device and a UDP socket with the fewest system calls the kernel allows and looks at
@@ -50,7 +51,10 @@ fn main() -> Result<()> {
         }
         ["echo", address] => echo(address.parse()?),
         ["ask", address, seconds] => ask(address.parse()?, Duration::from_secs_f64(seconds.parse()?)),
-        _ => bail!("usage: bench-tool pipe NAME LOCAL REMOTE [--no-offload] | echo ADDRESS | ask ADDRESS SECONDS"),
+        ["gaps", address, seconds] => gaps(address.parse()?, Duration::from_secs_f64(seconds.parse()?)),
+        _ => bail!(
+            "usage: bench-tool pipe NAME LOCAL REMOTE [--no-offload] | echo ADDRESS | ask ADDRESS SECONDS | gaps ADDRESS SECONDS"
+        ),
     }
 }
 
@@ -152,10 +156,56 @@ fn echo(address: SocketAddr) -> Result<()> {
 /// How long an answer may take before it counts as lost.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-fn ask(address: SocketAddr, time: Duration) -> Result<()> {
+fn connect(address: SocketAddr) -> Result<UdpSocket> {
     let any: SocketAddr = if address.is_ipv4() { "0.0.0.0:0".parse()? } else { "[::]:0".parse()? };
     let socket = UdpSocket::bind(any)?;
     socket.connect(address)?;
+    Ok(socket)
+}
+
+/// How often a question is asked to find gaps.
+const BEAT: Duration = Duration::from_millis(10);
+/// A longer time without an answer is a stall.
+const STALL: Duration = Duration::from_secs(1);
+
+fn gaps(address: SocketAddr, time: Duration) -> Result<()> {
+    let socket = connect(address)?;
+    let start = Instant::now();
+    let (mut next, mut last) = (start, start);
+    let (mut asked, mut answered, mut stalls, mut longest) = (0u64, 0u64, Vec::new(), Duration::ZERO);
+    let mut answer = [0u8; 64];
+    while start.elapsed() < time {
+        if Instant::now() >= next {
+            asked += 1;
+            next += BEAT;
+            // Refused for a moment when the network changes: that counts as unanswered.
+            let _ = socket.send(&asked.to_le_bytes());
+        }
+        let patience = next.saturating_duration_since(Instant::now()).max(Duration::from_micros(100));
+        socket.set_read_timeout(Some(patience))?;
+        if socket.recv(&mut answer).is_err() {
+            continue;
+        }
+        answered += 1;
+        let gap = last.elapsed();
+        last = Instant::now();
+        longest = longest.max(gap);
+        if gap > STALL {
+            stalls.push(format!("[{:.1},{:.3}]", (last - gap - start).as_secs_f64(), gap.as_secs_f64()));
+        }
+    }
+    longest = longest.max(last.elapsed());
+    println!(
+        "{{\"asked\":{asked},\"answered\":{answered},\"longest_ms\":{:.1},\"stalls\":{},\"stalls_at\":[{}]}}",
+        longest.as_secs_f64() * 1e3,
+        stalls.len(),
+        stalls.join(",")
+    );
+    Ok(())
+}
+
+fn ask(address: SocketAddr, time: Duration) -> Result<()> {
+    let socket = connect(address)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     let end = Instant::now() + time;
     let mut took = Vec::with_capacity(1 << 20);
