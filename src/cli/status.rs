@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use crate::cli::error::{CliError, Kind};
 use crate::cli::output::{BOLD, GREEN, YELLOW, bytes, millis, paint, seconds, severity_style, table};
 use crate::cli::{Global, client};
-use crate::wire::local::{Call, DropCount, PathKind, Response, Severity, Status, StatusPeer};
+use crate::wire::local::{Call, CounterValue, DropCount, PathKind, Response, Severity, Status, StatusPeer};
 
 /// Options of `meshd status`.
 #[derive(Debug, clap::Args)]
@@ -24,6 +24,9 @@ pub struct Args {
     /// Show how many packets were dropped, and why
     #[arg(long, conflicts_with = "check")]
     drops: bool,
+    /// Show what the packet path did: packets, bytes, batches, and how often offloads joined packets
+    #[arg(long, conflicts_with_all = ["check", "drops"])]
+    counters: bool,
 }
 
 /// What `--check` asks.
@@ -38,6 +41,9 @@ enum Check {
 pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
     if args.drops {
         return drops(global);
+    }
+    if args.counters {
+        return counters(global);
     }
     let status = client::status(global)?;
     match args.check {
@@ -63,6 +69,17 @@ fn ready(status: &Status) -> Result<(), CliError> {
 fn drops(global: &Global) -> Result<(), CliError> {
     let drops = client::ask(global, Call::Drops, |reply| if let Response::Drops(d) = reply { Some(d) } else { None })?;
     global.output().show(&drops, |d| drops_text(&d.drops))
+}
+
+fn counters(global: &Global) -> Result<(), CliError> {
+    let take = |reply| if let Response::Counters(c) = reply { Some(c) } else { None };
+    global.output().show(&client::ask(global, Call::Counters, take)?, |c| counters_text(&c.counters))
+}
+
+fn counters_text(counters: &[CounterValue]) -> String {
+    let mut rows = vec![vec!["COUNTER".to_owned(), "VALUE".to_owned(), "MEANING".to_owned()]];
+    rows.extend(counters.iter().map(|c| vec![c.name.clone(), c.value.to_string(), c.text.clone()]));
+    table(&rows)
 }
 
 fn drops_text(counts: &[DropCount]) -> String {

@@ -65,9 +65,12 @@ pub struct Args {
     /// Do not ask the router to let peers in at that port (PCP, NAT-PMP, UPnP)
     #[arg(long)]
     no_port_mapping: bool,
-    /// Leave the kernel's and the drivers' packet offloads unused, for those that have faults
+    /// Leave the offloads of the network interface unused, for kernels where they have faults
     #[arg(long)]
     no_offload: bool,
+    /// Leave the offloads of UDP unused, for kernels and network drivers where they have faults
+    #[arg(long)]
+    no_udp_offload: bool,
     /// Sockets to open for a punch through a hard NAT at most, up to 512; 0: never try
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(0..=512))]
     punch_sockets: Option<u16>,
@@ -146,6 +149,7 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
         network_name: args.network_name.clone(),
         ipv4_range: args.ipv4_range,
         no_offload: args.no_offload,
+        no_udp_offload: args.no_udp_offload,
         settings: SettingsChange {
             advertise_routes: args.advertise_routes.as_ref().map(|list| list.0.clone()),
             accept_routes: args.accept_routes,
@@ -291,6 +295,7 @@ mod tests {
             timeout: Duration::from_secs(30),
             foreground: false,
             no_offload: false,
+            no_udp_offload: false,
             advertise_routes: None,
             accept_routes: None,
             punch_sockets: None,

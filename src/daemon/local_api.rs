@@ -25,6 +25,7 @@ use crate::daemon::settings::SettingsDesk;
 use crate::daemon::stop::Stopper;
 use crate::daemon::watch::Known;
 use crate::daemon::{netcheck, problem};
+use crate::engine::counters::{Counter, Counters};
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Command, Event, Input};
 use crate::engine::planner::{Planner, ShellStatus};
@@ -36,8 +37,8 @@ use crate::trust::record::{RevokeTarget, SignedRecord};
 use crate::trust::token::InviteToken;
 use crate::wire::keys::ControlKey;
 use crate::wire::local::{
-    Call, DropCount, MAX_REQUEST, PathKind, PeerWhy, Pong, Problem, Removed, Request, Response, RouteChange, RouteList,
-    Status, TokenReply,
+    Call, CounterValue, CounterValues, DropCount, MAX_REQUEST, PathKind, PeerWhy, Pong, Problem, Removed, Request,
+    Response, RouteChange, RouteList, Status, TokenReply,
 };
 use crate::wire::version;
 
@@ -128,6 +129,7 @@ pub(super) struct Api {
     pub(super) known: Known,
     pub(super) health: Health,
     pub(super) drops: Arc<Drops>,
+    pub(super) counters: Arc<Counters>,
     pub(super) stopper: Stopper,
     pub(super) settings: SettingsDesk,
     /// Routes that something on this machine goes before, and what.
@@ -156,6 +158,7 @@ pub(super) struct Parts {
     pub(super) known: Known,
     pub(super) health: Health,
     pub(super) drops: Arc<Drops>,
+    pub(super) counters: Arc<Counters>,
     pub(super) stopper: Stopper,
     pub(super) settings: SettingsDesk,
     pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, String>>,
@@ -176,6 +179,7 @@ impl Api {
             known,
             health,
             drops,
+            counters,
             stopper,
             settings,
             shadowed,
@@ -195,6 +199,7 @@ impl Api {
             known,
             health,
             drops,
+            counters,
             stopper,
             settings,
             shadowed,
@@ -365,6 +370,15 @@ impl Api {
                     text: why.text().to_owned(),
                 });
                 out.write(&Response::Drops(counts.collect())).await?;
+            }
+            Call::Counters => {
+                let counters = Counter::ALL.iter().map(|what| CounterValue {
+                    name: what.name().to_owned(),
+                    value: self.counters.get(*what),
+                    text: what.text().to_owned(),
+                });
+                let counters = counters.collect();
+                out.write(&Response::Counters(CounterValues { schema: version::LOCAL, counters })).await?;
             }
         }
         Ok(())

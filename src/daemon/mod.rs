@@ -67,9 +67,12 @@ pub struct Options {
     pub name: Option<String>,
     /// A claim or invite token, as text. Absent: resume.
     pub token: Option<TokenText>,
-    /// Move every packet alone, as kernels and drivers without offloads need it.
+    /// Exchange every packet with the interface alone, as kernels without its offloads need it.
     #[serde(default)]
     pub no_offload: bool,
+    /// Send and receive every datagram alone, as kernels and drivers without UDP's offloads need it.
+    #[serde(default)]
+    pub no_udp_offload: bool,
     /// How the coordinator is reached; absent: as set before, else as the environment says.
     #[serde(default)]
     pub proxy: Option<ProxySetting>,

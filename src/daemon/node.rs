@@ -37,6 +37,7 @@ use crate::daemon::store::{Endpoint, Joined, State, Store};
 use crate::daemon::watch::{self as surroundings, Known, NetworkWatch};
 use crate::daemon::worker::{self, Worker};
 use crate::daemon::{Options, UpReport, control_link, problem};
+use crate::engine::counters::Counters;
 use crate::engine::drops::Drops;
 use crate::engine::io::{Event, Input, RoutePlan, SocketId};
 use crate::engine::path::mtu::BASE;
@@ -136,7 +137,7 @@ impl Node {
         let tun = Tun::create(options.tun.as_deref(), !options.no_offload).map_err(tun_problem)?;
         let kept = (state.port != 0).then_some(state.port);
         let sockets =
-            UdpSockets::bind(options.port, kept, !options.no_offload, &mut rand::rng()).map_err(udp_problem)?;
+            UdpSockets::bind(options.port, kept, !options.no_udp_offload, &mut rand::rng()).map_err(udp_problem)?;
         let sockets = Arc::new(sockets);
         let changes = Changes::watch().map_err(netlink_problem)?;
         let netlink = Netlink::connect().map_err(netlink_problem)?;
@@ -281,7 +282,9 @@ impl Node {
         // The data thread; when it ends by itself, so does the daemon.
         let data_stop = Arc::new(AtomicBool::new(false));
         let notices = Notices::new(slow, facts, Arc::clone(&drops));
-        let outbox = Outbox::new(tun, Arc::clone(&sockets), relay.clone(), notices, Arc::clone(&drops));
+        let counters = Arc::new(Counters::default());
+        let outbox =
+            Outbox::new(tun, Arc::clone(&sockets), relay.clone(), notices, Arc::clone(&drops), Arc::clone(&counters));
         let worker = Worker {
             outbound,
             inbound,
@@ -371,6 +374,7 @@ impl Node {
             known,
             health,
             drops,
+            counters,
             stopper: stopper.clone(),
             settings,
             shadowed,

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 
 use crate::daemon::relay_carrier::RelayCarrier;
 use crate::daemon::relay_thread::RelayHandle;
+use crate::engine::counters::{Counter, Counters};
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Notice, PeerId, SocketId, Via};
 use crate::engine::packet::{Destination, InboundSink, OutboundSink};
@@ -97,6 +98,7 @@ pub(super) struct Outbox {
     /// Told after the locks are released.
     untold: Vec<Notice>,
     drops: Arc<Drops>,
+    counters: Arc<Counters>,
     datagrams: Arena<(Destination, u8)>,
     waiting: Vec<Waiting>,
     inner: Arena<()>,
@@ -115,6 +117,7 @@ impl Outbox {
         relay: RelayHandle,
         notices: Notices,
         drops: Arc<Drops>,
+        counters: Arc<Counters>,
     ) -> Self {
         let (offload, steering) = (tun.offload(), Steering::new(tun.queues().len()));
         Self {
@@ -125,6 +128,7 @@ impl Outbox {
             notices,
             untold: Vec::new(),
             drops,
+            counters,
             datagrams: Arena::new(DATAGRAM_ROOM),
             waiting: Vec::new(),
             inner: Arena::new(TUN_ROOM),
@@ -141,9 +145,16 @@ impl Outbox {
     /// The device is gone for good.
     pub(super) fn read_tun(&mut self, queue: usize, into: &mut FromKernel) -> io::Result<bool> {
         let empty = self.tun.receive(queue, into)?;
+        let (packets, bytes) = into.size();
+        let mut superpackets = 0;
         for (packet, _) in into.packets().filter(|(_, offload)| offload.is_super()) {
             self.steering.superpacket(packet, self.now);
+            superpackets += 1;
         }
+        self.counters.add(Counter::TunInBatches, 1);
+        self.counters.add(Counter::TunInPackets, packets);
+        self.counters.add(Counter::TunInSuper, superpackets);
+        self.counters.add(Counter::TunInBytes, bytes);
         Ok(empty)
     }
 
@@ -168,9 +179,18 @@ impl Outbox {
         self.relay.carrier()
     }
 
+    /// Counts datagrams that came together.
+    pub(super) fn count_received(&self, datagrams: usize, bytes: usize) {
+        self.counters.add(Counter::UdpInReceives, 1);
+        self.counters.add(Counter::UdpInDatagrams, datagrams);
+        self.counters.add(Counter::UdpInTrains, usize::from(datagrams > 1));
+        self.counters.add(Counter::UdpInBytes, bytes);
+    }
+
     /// A turn begins.
     pub(super) fn begin(&mut self, now: Now) {
         self.now = now;
+        self.counters.add(Counter::Turns, 1);
     }
 
     /// Sends and delivers everything written so far.
@@ -190,9 +210,15 @@ impl Outbox {
     }
 
     fn flush_tun(&mut self) {
-        let Self { inner, merger, tun, steering, drops, now, .. } = self;
+        let Self { inner, merger, tun, steering, drops, counters, now, .. } = self;
+        if merger.is_empty() {
+            return;
+        }
+        counters.add(Counter::TunOutBytes, inner.used);
+        let (mut writes, mut written, mut joined) = (0, 0, 0);
         merger.drain(&mut inner.bytes, |offload, memory, pieces| {
             let packets = pieces.packets();
+            (writes, written, joined) = (writes + 1, written + packets, joined + usize::from(packets > 1));
             let queue = steering.queue(&memory[pieces.first()], *now);
             if let Err(why) = tun.send(queue, offload, memory, pieces) {
                 drops.add(Drop::TunRefused, packets as u64);
@@ -200,6 +226,9 @@ impl Outbox {
             }
         });
         inner.clear();
+        counters.add(Counter::TunOutWrites, writes);
+        counters.add(Counter::TunOutPackets, written);
+        counters.add(Counter::TunOutSuper, joined);
     }
 
     fn flush_datagrams(&mut self) {
@@ -269,6 +298,11 @@ impl Outbox {
         pieces[used] = &bytes[place];
         let train = Outgoing { socket, remote, ecn, size, pieces: &pieces[..=used] };
         let result = self.sender.send(&self.sockets, &train, self.now);
+        self.counters.add(Counter::UdpOutSends, 1);
+        self.counters.add(Counter::UdpOutDatagrams, result.sent);
+        self.counters.add(Counter::UdpOutTrains, usize::from(result.as_train));
+        self.counters.add(Counter::UdpOutUncoupled, usize::from(!result.as_train && datagrams > 1));
+        self.counters.add(Counter::UdpOutBytes, total);
         if let Some(why) = result.error {
             self.drops.add(Drop::SendFailed, result.failed as u64);
             tracing::trace!(%why, datagrams = result.failed, "datagrams were not sent");

@@ -216,6 +216,7 @@ impl Worker {
 
     fn carry_in(&mut self, socket: SocketId, trains: &Trains, origins: &mut Vec<Origin>, now: Now) {
         for train in trains.trains() {
+            self.outbox.count_received(train.count(), train.bytes());
             // What is opened while a session is locked must find room.
             self.outbox.reserve_tun(TRAIN + MIN_ROOM);
             if train.datagrams().any(is_relayed) {

@@ -1,35 +1,10 @@
-//! Every reason a packet or message is dropped. There is no unnamed drop.
+//! Every reason a packet or message is dropped. There is no unnamed drop. Tests and `meshd status --drops` use the names.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-macro_rules! drops {
-    ($($(#[doc = $doc:literal])+ $variant:ident = $name:literal),+ $(,)?) => {
-        /// Why something was dropped.
-        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub enum Drop {
-            $($(#[doc = $doc])+ $variant),+
-        }
-
-        impl Drop {
-            /// All reasons, in the order of their counters.
-            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
-
-            /// The stable name that `meshd status --drops` and tests use.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self { $(Self::$variant => $name),+ }
-            }
-
-            /// One sentence for people.
-            #[must_use]
-            pub fn text(self) -> &'static str {
-                match self { $(Self::$variant => concat!($($doc),+).trim_ascii()),+ }
-            }
-        }
-    };
-}
-
-drops! {
+named! {
+    /// Why something was dropped.
+    Drop:
     /// Outbound: not an IPv4 or IPv6 packet, or its lengths contradict each other.
     BadIp = "bad-ip",
     /// Outbound: the kernel handed over several packets as one in a form that cannot be cut.

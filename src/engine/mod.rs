@@ -3,8 +3,12 @@
 //! A node is three machines: [`planner::Planner`] decides, [`outbound::Outbound`] and [`inbound::Inbound`] carry packets.
 //! They talk only by [`io::Update`] and [`io::Notice`].
 
+#[macro_use]
+mod named;
+
 pub mod aqm;
 pub mod carrier;
+pub mod counters;
 pub mod drops;
 pub(crate) mod fit;
 pub mod inbound;

@@ -100,6 +100,18 @@ pub struct Train<'a> {
 }
 
 impl<'a> Train<'a> {
+    /// Bytes of all datagrams.
+    #[must_use]
+    pub const fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// How many datagrams there are.
+    #[must_use]
+    pub const fn count(&self) -> usize {
+        self.bytes.len().div_ceil(self.size)
+    }
+
     /// The datagrams in the order they came. All are as long as the first, but for the last, which may be shorter.
     pub fn datagrams(&self) -> impl Iterator<Item = &'a [u8]> + use<'a> {
         self.bytes.chunks(self.size)

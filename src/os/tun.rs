@@ -311,6 +311,12 @@ impl FromKernel {
         })
     }
 
+    /// How many packets and superpackets came, and how many bytes they have.
+    #[must_use]
+    pub fn size(&self) -> (usize, usize) {
+        (self.packets.len(), self.packets.iter().map(|(place, _)| place.len()).sum())
+    }
+
     /// Nothing came.
     #[must_use]
     pub fn is_empty(&self) -> bool {

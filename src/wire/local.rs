@@ -78,6 +78,8 @@ pub enum Call {
     },
     /// Answered by one `drops`.
     Drops,
+    /// Answered by one `counters`.
+    Counters,
     /// Changes what the node is set up to do; answered by one `settings`.
     Set {
         /// What to change; nothing: only say how it is.
@@ -114,6 +116,8 @@ pub enum Response {
     Removed(Removed),
     /// Drop counters.
     Drops(DropCounts),
+    /// What the packet path did.
+    Counters(CounterValues),
     /// What the node is set up to do.
     Settings(SettingsDocument),
     /// The routes document.
@@ -636,6 +640,26 @@ impl FromIterator<DropCount> for DropCounts {
     fn from_iter<I: IntoIterator<Item = DropCount>>(counts: I) -> Self {
         Self { schema: 1, drops: counts.into_iter().collect() }
     }
+}
+
+/// `meshd status --counters --json`, schema 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CounterValues {
+    /// 1.
+    pub schema: u16,
+    /// Every counter of the packet path.
+    pub counters: Vec<CounterValue>,
+}
+
+/// One counter of the packet path.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CounterValue {
+    /// Its stable name.
+    pub name: String,
+    /// Since the daemon started.
+    pub value: u64,
+    /// What it counts.
+    pub text: String,
 }
 
 /// One drop counter.

@@ -7,9 +7,10 @@ use std::os::unix::net::UnixListener;
 use std::process::Output;
 
 use meshd::wire::local::{
-    DropCount, Health, Netcheck, NetcheckServer, PathKind, PeerWhy, Pong, PortMapper, PortMapperProtocol, Problem,
-    Punching, Removed, Request, Response, RouteChange, RouteLine, RouteList, RouteState, Severity, Status,
-    StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply, WhyFound, WhySide,
+    CounterValue, CounterValues, DropCount, Health, Netcheck, NetcheckServer, PathKind, PeerWhy, Pong, PortMapper,
+    PortMapperProtocol, Problem, Punching, Removed, Request, Response, RouteChange, RouteLine, RouteList, RouteState,
+    Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply,
+    WhyFound, WhySide,
 };
 use meshd::wire::nat::{Mapper, PortModel, Seen};
 
@@ -163,6 +164,14 @@ fn drops_document() {
         |reason: &str, packets, text: &str| DropCount { reason: reason.to_owned(), packets, text: text.to_owned() };
     let drops = [count("no-route", 3, "no peer owns the destination address"), count("replayed", 0, "seen before")];
     check("drops", &["status", "--drops"], &[Response::Drops(drops.into_iter().collect()), Response::Done]);
+}
+
+#[test]
+fn counters_document() {
+    let counters = [("udp-out-trains", 7, "trains that went as one"), ("turns", 0, "turns of the packet loop")]
+        .map(|(name, value, text)| CounterValue { name: name.to_owned(), value, text: text.to_owned() });
+    let values = CounterValues { schema: 1, counters: counters.to_vec() };
+    check("counters", &["status", "--counters"], &[Response::Counters(values), Response::Done]);
 }
 
 #[test]
