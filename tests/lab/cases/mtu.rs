@@ -25,6 +25,7 @@ pub fn cases() -> Vec<Case> {
         case("mtu::a_link_of_1400_bytes_behind_a_router_that_says_so", || link_of_1400(true)),
         case("mtu::a_link_of_1400_bytes_behind_a_router_that_says_nothing", || link_of_1400(false)),
         case("mtu::a_network_of_9000_bytes_is_used", jumbo),
+        case("mtu::the_machine_s_own_link_becomes_narrow_under_tcp", own_link),
     ]
 }
 
@@ -172,6 +173,18 @@ fn link_of_1400(says_so: bool) -> Result<()> {
     let pings =
         nodes[0].icmp(nodes[1].address(true)?, &["-c", "5", "-i", "0.1", "-W", "2", "-M", "do", "-s", "1312"])?;
     ensure(pings.received == 5, || format!("packets of 1,340 bytes: {pings:?}"))
+}
+
+fn own_link() -> Result<()> {
+    let (lab, _) = homes()?;
+    let nodes = lab.join()?;
+    found(&nodes, 1_420, Duration::from_secs(10))?;
+    let change = || nodes[0].namespace.ip("link set eth0 mtu 1300").map(drop);
+    let (bytes, pause) = stream(&nodes, Duration::from_secs(8), change)?;
+    let now = mtu(&nodes[0], "b")?;
+    println!("{bytes} bytes of TCP, longest pause {pause:.0?}, path now {now:?}");
+    ensure(pause < Duration::from_secs(1), || format!("stalled for {pause:?}"))?;
+    ensure(now == (PathKind::Direct, Some(1_200)), || format!("{now:?}"))
 }
 
 fn jumbo() -> Result<()> {
