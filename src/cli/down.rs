@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use crate::cli::error::{CliError, Kind};
 use crate::cli::{Global, client};
+use crate::daemon::footprint;
 use crate::wire::local::Call;
 use crate::wire::version;
 
@@ -21,6 +22,10 @@ pub(super) fn run(global: &Global) -> Result<(), CliError> {
         Err(error) if error.kind == Kind::NotRunning => false,
         Err(error) => return Err(error),
     };
+    if !was_running {
+        // What a daemon left that was killed.
+        footprint::undo_left_behind(&global.state_dir())?;
+    }
     let document = Document { schema: version::LOCAL, state: "stopped", was_running };
     global
         .output()

@@ -13,6 +13,7 @@ pub mod demo;
 mod down;
 mod duration;
 pub mod error;
+mod footprint;
 mod invite;
 mod ip;
 mod man;
@@ -22,6 +23,7 @@ pub mod output;
 mod ping;
 mod remove;
 mod routes;
+mod set;
 mod size;
 mod status;
 mod up;
@@ -131,6 +133,10 @@ pub enum Command {
     Remove(remove::Args),
     /// List the subnets behind nodes, and say which node may lead to which (admin nodes only)
     Routes(routes::Args),
+    /// Show or change what this node is set up to do: routes, exit node
+    Set(set::Args),
+    /// List what meshd changed on this machine, or undo what a killed daemon left
+    Footprint(footprint::Args),
     /// Run a coordinator: it introduces machines to each other and relays what cannot go directly
     Coordinator(coordinator::Args),
     /// Show a whole network on this one machine, in network namespaces
@@ -197,6 +203,8 @@ fn dispatch(cli: &Cli) -> Result<(), CliError> {
         Command::Invite(args) => invite::run(args, global),
         Command::Remove(args) => remove::run(args, global),
         Command::Routes(args) => routes::run(args, global),
+        Command::Set(args) => set::run(args, global),
+        Command::Footprint(args) => footprint::run(args, global),
         Command::Coordinator(args) => coordinator::run(args, global),
         Command::Demo(args) => demo::run(args, global),
         Command::Version => version::run(global),

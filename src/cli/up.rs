@@ -13,13 +13,12 @@ use ipnet::Ipv4Net;
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use crate::cli::cidr::{self, Prefixes};
 use crate::cli::error::{CliError, Kind};
 use crate::cli::output::{BOLD, YELLOW, paint};
-use crate::cli::{Global, duration, status};
+use crate::cli::{Global, duration, set, status};
 use crate::daemon::{self, Options, TokenText, UpReport};
 use crate::link::ProxySetting;
-use crate::wire::local::{Problem, SettingsChange, Status};
+use crate::wire::local::{Problem, Status};
 use crate::wire::version;
 
 /// More than this is no token.
@@ -92,18 +91,14 @@ pub struct Args {
     /// Stay in the foreground and log to standard error
     #[arg(long)]
     foreground: bool,
-    /// Subnets this machine leads to, such as 192.168.1.0/24, or none; kept until given otherwise
-    #[arg(long, value_name = "CIDR,…", value_parser = cidr::parse_list)]
-    advertise_routes: Option<Prefixes>,
-    /// Use the subnets that others lead to [default: true]; kept until given otherwise
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    accept_routes: Option<bool>,
     /// Name of the network, when founding one [default: home]
     #[arg(long, value_name = "NAME")]
     network_name: Option<String>,
     /// IPv4 range of the network, when founding one [default: a free /16 of 100.64.0.0/10]
     #[arg(long, value_name = "CIDR", value_parser = range)]
     ipv4_range: Option<Ipv4Net>,
+    #[command(flatten)]
+    routing: set::Routing,
 }
 
 /// A text that may hold a password. Not shown by `Debug`, wiped when dropped.
@@ -150,10 +145,7 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
         ipv4_range: args.ipv4_range,
         no_offload: args.no_offload,
         no_udp_offload: args.no_udp_offload,
-        settings: SettingsChange {
-            advertise_routes: args.advertise_routes.as_ref().map(|list| list.0.clone()),
-            accept_routes: args.accept_routes,
-        },
+        settings: args.routing.change(),
         punch_sockets: args.punch_sockets,
         punch_rate: args.punch_rate,
         punch_entries: args.punch_entries,
@@ -296,8 +288,7 @@ mod tests {
             foreground: false,
             no_offload: false,
             no_udp_offload: false,
-            advertise_routes: None,
-            accept_routes: None,
+            routing: set::Routing::default(),
             punch_sockets: None,
             punch_rate: None,
             punch_entries: None,

@@ -61,7 +61,7 @@ pub fn status(socket: &Path) -> Result<Status, Problem> {
 /// # Errors
 /// As [`call`], or what speaks against the change.
 pub fn set(socket: &Path, change: SettingsChange) -> Result<SettingsDocument, Problem> {
-    for reply in call(socket, Call::Set { change }, PATIENCE)? {
+    for reply in call(socket, Call::Set { change, confirm_s: None }, PATIENCE)? {
         if let Response::Settings(settings) = reply? {
             return Ok(settings);
         }

@@ -345,14 +345,22 @@ impl Api {
                 let reply = self.remove(peer).await?;
                 out.write(&Response::Removed(reply)).await?;
             }
-            Call::Set { change } => {
+            Call::Set { change, confirm_s } => {
                 let desk = self.settings.clone();
                 let set = self.planner.with(move |planner, now| {
-                    let set = desk.change(&change, planner, now)?;
-                    let notes = planner.pending_routes().into_iter().map(|(text, hint)| format!("{text}; {hint}"));
-                    Ok::<_, Problem>(set.document(notes.collect()))
+                    desk.change(&change, confirm_s, planner, now)?;
+                    Ok::<_, Problem>(desk.document(planner))
                 });
                 out.write(&Response::Settings(set.await??)).await?;
+            }
+            Call::Confirm => {
+                let desk = self.settings.clone();
+                if !desk.confirm()? {
+                    let hint = "a change is made on trial with `meshd set … --confirm 60s`";
+                    return Err(problem("nothing-to-confirm", "no change waits to be confirmed", hint).into());
+                }
+                let set = self.planner.with(move |planner, _| desk.document(planner)).await?;
+                out.write(&Response::Settings(set)).await?;
             }
             Call::Routes => {
                 let shadowed = self.shadowed.borrow().clone();

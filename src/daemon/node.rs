@@ -8,6 +8,7 @@
 //! `meshd down` is answered when nothing is left but the process.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -22,6 +23,7 @@ use crate::daemon::apply::{self, Surroundings, range_clash};
 use crate::daemon::background::{Reporter, decode};
 use crate::daemon::control_link::ForRelay;
 use crate::daemon::desk::LinkDesks;
+use crate::daemon::footprint::{self, Journal};
 use crate::daemon::health::Health;
 use crate::daemon::join::{self, Membership, Wish};
 use crate::daemon::links::{Bells, Coordinator};
@@ -31,7 +33,8 @@ use crate::daemon::planner_task::{self, ToStore, Wiring};
 use crate::daemon::portmap::{self, PortMapHandle};
 use crate::daemon::relay_carrier::{self, RelayCarrier};
 use crate::daemon::relay_thread::{self, Delivery};
-use crate::daemon::settings::{Settings, SettingsDesk};
+use crate::daemon::routing::{self, Routing};
+use crate::daemon::settings::SettingsDesk;
 use crate::daemon::stop::{Reason, Stopper};
 use crate::daemon::store::{Endpoint, Joined, State, Store};
 use crate::daemon::watch::{self as surroundings, Known, NetworkWatch};
@@ -62,6 +65,8 @@ const RELAY_PATIENCE: Duration = Duration::from_secs(1);
 const RELAY_LOOK: Duration = Duration::from_millis(20);
 /// How long threads may take to end.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
+/// How long undoing may take.
+const UNDO_PATIENCE: Duration = Duration::from_secs(8);
 /// Conveniences are written at most this often.
 const STATE_EVERY: Duration = Duration::from_secs(10);
 /// And at least this often, for the wall clock in them.
@@ -110,6 +115,8 @@ struct Node {
     state: State,
     to_store: Arc<ToStore>,
     api: Arc<Api>,
+    routing: JoinHandle<()>,
+    footprint: (Journal, Netlink),
     stop: watch::Sender<bool>,
     gone: watch::Sender<bool>,
     data_stop: Arc<AtomicBool>,
@@ -130,6 +137,7 @@ impl Node {
         reporter.stage("taking the state directory");
         let token = options.token.as_ref().map(|t| decode(t.text())).transpose()?;
         let mut store = Store::open(&options.state_dir)?;
+        let journal = Journal::open(&options.state_dir)?;
         let socket = Socket::bind(&options.socket)?;
         let state = store.state()?;
         let proxies = Arc::new(decide_proxies(&store, options)?);
@@ -141,6 +149,11 @@ impl Node {
         let sockets = Arc::new(sockets);
         let changes = Changes::watch().map_err(netlink_problem)?;
         let netlink = Netlink::connect().map_err(netlink_problem)?;
+        let left = footprint::undo(&journal, &netlink).await;
+        if !left.is_empty() {
+            let hint = "`meshd footprint` lists what is left of a daemon that was killed";
+            return Err(problem("footprint", format!("cannot undo: {}", left.join("; ")), hint));
+        }
         let around = Surroundings::look(&netlink, tun.index()).await?;
 
         reporter.stage(if token.is_some() { "joining the network" } else { "reading what is known of the network" });
@@ -164,7 +177,9 @@ impl Node {
             return Err(range_clash(&ranges, &what));
         }
         let health = Health::default();
+        let mut mesh: Vec<IpAddr> = addresses.iter().map(IpNet::addr).collect();
         if let Some(note) = apply::bring_up(&netlink, tun.index(), &addresses).await? {
+            mesh.retain(IpAddr::is_ipv4);
             let text = format!("this machine has no IPv6 inside the mesh: {}", note.0);
             health.set("no-ipv6", Severity::Info, text, "IPv4 works; enable IPv6 in the kernel for both");
         }
@@ -176,8 +191,8 @@ impl Node {
         let limits = punch_limits(options, &health);
         let (change, map_port) = (&options.settings, !options.no_port_mapping);
         Self::assemble(
-            store, state, membership, proxies, tun, sockets, limits, netlink, changes, ranges, health, socket, change,
-            map_port, stopper,
+            store, state, membership, proxies, tun, sockets, limits, netlink, changes, ranges, mesh, journal, health,
+            socket, change, map_port, stopper,
         )
     }
 
@@ -193,6 +208,8 @@ impl Node {
         netlink: Netlink,
         changes: Changes,
         ranges: Vec<IpNet>,
+        mesh: Vec<IpAddr>,
+        journal: Journal,
         health: Health,
         socket: Socket,
         change: &SettingsChange,
@@ -208,7 +225,7 @@ impl Node {
 
         // The planner and the data thread.
         let port = sockets.port();
-        let settings = store.settings()?;
+        let settings = SettingsDesk::new(store.settings_file(), store.settings()?)?;
         let latest = state.latest_wall.saturating_add(1).saturating_mul(1_000_000);
         let config = Config {
             keys,
@@ -222,11 +239,10 @@ impl Node {
             first_number: wall_micros().max(latest),
             limits,
             adverts: state.adverts.clone(),
-            routes: settings.wish(),
+            routes: settings.get().wish(),
         };
         let mut planner = Planner::new(config, Arc::clone(&drops), clock::now()).map_err(start_problem)?;
-        let settings = SettingsDesk::new(store.settings_file(), settings);
-        settings.change(change, &mut planner, clock::now())?;
+        settings.change(change, None, &mut planner, clock::now())?;
         let (outbound, inbound) = planner.worker();
         let wake = Wake::new().map_err(|e| thread_problem(&e))?;
         let (slow, slow_notices) = mpsc::channel(planner_task::SLOW);
@@ -314,8 +330,23 @@ impl Node {
         let to_store = Arc::new(ToStore::default());
         *to_store.worked.lock() = state.worked.iter().map(Joined::known).collect();
         *to_store.endpoints.lock() = state.endpoints.iter().map(|e| (e.peer, e.address)).collect();
-        let (routes, _) = watch::channel(RoutePlan::default());
-        let (_, shadowed) = watch::channel(BTreeMap::new());
+        let (routes, plan) = watch::channel(RoutePlan::default());
+        let (shadows, shadowed) = watch::channel(BTreeMap::new());
+        // A netlink socket lists one thing at a time, so this task has its own.
+        let own_netlink = Netlink::connect().map_err(netlink_problem)?;
+        let routing = Routing::new(routing::Wiring {
+            netlink: own_netlink.clone(),
+            changes: Changes::watch().map_err(netlink_problem)?,
+            index: own,
+            interface: interface.clone(),
+            addresses: mesh,
+            journal: journal.clone(),
+            plan,
+            settings: settings.watch(),
+            shadowed: shadows,
+            health: health.clone(),
+        });
+        let footprint = (journal, own_netlink);
         let (offers, offered) = mpsc::channel(1);
         let check = Arc::new(Notify::new());
         let known = Known::new(limits.extra_sockets);
@@ -364,7 +395,7 @@ impl Node {
             tracing::info!(proxy, "the coordinator is reached through a proxy");
         }
         let (port_mapper, port_task) = start_port_mapping(map_port, port, nonce_secret, own, &handle.inputs);
-
+        let trials = settings.clone().watch_trials(handle.clone());
         let (gone, gone_watch) = watch::channel(false);
         let api = Api::new(Parts {
             planner: handle,
@@ -392,6 +423,7 @@ impl Node {
             tokio::spawn(checker),
             tokio::spawn(expelled),
             tokio::spawn(carrier_driver.run()),
+            tokio::spawn(trials),
             data_watch,
             planner_task,
         ];
@@ -401,6 +433,8 @@ impl Node {
             state,
             to_store,
             api,
+            routing: tokio::spawn(routing.run()),
+            footprint,
             stop,
             gone,
             data_stop,
@@ -522,6 +556,13 @@ impl Node {
         let _ = timeout(STOP_PATIENCE, self.control_task).await;
         for task in tasks {
             task.abort();
+        }
+        self.routing.abort();
+        // Aborted: it changes nothing any more.
+        let _ = self.routing.await;
+        let (journal, netlink) = self.footprint;
+        if timeout(UNDO_PATIENCE, footprint::undo(&journal, &netlink)).await.is_err() {
+            tracing::error!("what was changed on this machine is not undone; `meshd footprint --undo` tries again");
         }
         self.to_store.finish();
         if timeout(STOP_PATIENCE, self.writer).await.is_err() {
@@ -673,7 +714,7 @@ fn punch_limits(options: &Options, health: &Health) -> Limits {
 fn decide_proxies(store: &Store, options: &Options) -> Result<Proxies, Problem> {
     let setting = match &options.proxy {
         Some(setting) => setting.clone(),
-        None => store.settings()?.proxy,
+        None => store.settings()?.settings.proxy,
     };
     Ok(Proxies::new(setting, &Environment::read())?)
 }
@@ -682,8 +723,12 @@ fn decide_proxies(store: &Store, options: &Options) -> Result<Proxies, Problem> 
 fn keep_settings(store: &Store, options: &Options) -> Result<(), Problem> {
     let Some(proxy) = &options.proxy else { return Ok(()) };
     let known = store.settings()?;
-    let settings = Settings { proxy: proxy.clone(), ..known.clone() };
-    if settings == known { Ok(()) } else { store.settings_file().keep(&settings) }
+    let mut kept = known.clone();
+    kept.settings.proxy = proxy.clone();
+    if let Some(trial) = &mut kept.trial {
+        trial.before.proxy = proxy.clone();
+    }
+    if kept == known { Ok(()) } else { store.settings_file().keep(&kept) }
 }
 
 /// The control secret, once more: the planner owns the keys, the links and the port mapper need this one.

@@ -1,51 +1,100 @@
 //! What a person set this node up to do (`meshd up`, `meshd set`), kept over restarts in `settings.json`.
+//!
+//! A change can be made on trial: unless it is confirmed in time it is taken back, also if the daemon was restarted
+//! meanwhile. So nobody is cut off from a machine far away by a wrong exit node.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
+use tokio::sync::{Notify, watch};
 
+use crate::daemon::planner_task::PlannerHandle;
 use crate::daemon::problem;
 use crate::daemon::store::SettingsFile;
 use crate::engine::io::{Input, RouteWish};
 use crate::engine::planner::Planner;
 use crate::link::ProxySetting;
-use crate::time::Now;
+use crate::os::clock;
+use crate::time::{Now, UnixSeconds};
 use crate::trust::advert::MAX_ROUTES;
+use crate::wire::keys::IdentityKey;
 use crate::wire::local::{Problem, SettingsChange, SettingsDocument};
 use crate::wire::version;
 
-/// `settings.json`. What is missing in it has its default.
+/// The word for no exit node.
+const NONE: &str = "none";
+
+/// What the node is set up to do. What is missing in the file has its default.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Settings {
-    /// 1.
-    pub v: u16,
     /// Prefixes this node leads to, once an admin approves.
     pub advertise_routes: Vec<IpNet>,
+    /// Offer to carry all traffic of others, once an admin approves.
+    pub advertise_exit_node: bool,
     /// Use the routes of others.
     pub accept_routes: bool,
+    /// What is forwarded for others leaves under this machine's own address.
+    pub snat: bool,
+    /// All traffic goes through this node.
+    pub exit_node: Option<IdentityKey>,
+    /// But what is for the networks this machine is in.
+    pub exit_node_allow_lan_access: bool,
+    /// And nothing else leaves, not even when the daemon was killed.
+    pub kill_switch: bool,
     /// How the coordinator is reached; with a proxy's credentials. Given at the start only.
     pub proxy: ProxySetting,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { v: 1, advertise_routes: Vec::new(), accept_routes: true, proxy: ProxySetting::Auto }
+        Self {
+            advertise_routes: Vec::new(),
+            advertise_exit_node: false,
+            accept_routes: true,
+            snat: true,
+            exit_node: None,
+            exit_node_allow_lan_access: true,
+            kill_switch: false,
+            proxy: ProxySetting::Auto,
+        }
     }
+}
+
+/// `settings.json`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// 1.
+    pub v: u16,
+    /// What holds.
+    #[serde(flatten)]
+    pub settings: Settings,
+    /// What it goes back to, if that holds on trial.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trial: Option<Trial>,
+}
+
+/// Settings that hold until confirmed or taken back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trial {
+    /// What was before.
+    pub before: Settings,
+    /// When it is again, unless confirmed.
+    pub until: UnixSeconds,
 }
 
 impl Settings {
     /// What the planner must know of it.
     #[must_use]
     pub fn wish(&self) -> RouteWish {
-        RouteWish {
-            advertise: self.advertise_routes.clone(),
-            resting: Vec::new(),
-            accept: self.accept_routes,
-            exit_node: None,
+        let mut advertise = self.advertise_routes.clone();
+        if self.advertise_exit_node {
+            advertise.extend([IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())]);
         }
+        RouteWish { advertise, resting: Vec::new(), accept: self.accept_routes, exit_node: self.exit_node }
     }
 
     /// These settings with a change made.
@@ -57,21 +106,24 @@ impl Settings {
         if let Some(prefixes) = &change.advertise_routes {
             next.advertise_routes = advertised(prefixes, planner)?;
         }
-        if let Some(accept) = change.accept_routes {
-            next.accept_routes = accept;
+        next.advertise_exit_node = change.advertise_exit_node.unwrap_or(next.advertise_exit_node);
+        next.accept_routes = change.accept_routes.unwrap_or(next.accept_routes);
+        next.snat = change.snat.unwrap_or(next.snat);
+        match change.exit_node.as_deref() {
+            None => {}
+            Some(NONE) => next.exit_node = None,
+            Some(wanted) => next.exit_node = Some(planner.find_exit_node(wanted)?),
+        }
+        next.exit_node_allow_lan_access = change.exit_node_allow_lan_access.unwrap_or(next.exit_node_allow_lan_access);
+        next.kill_switch = change.kill_switch.unwrap_or(next.kill_switch);
+        if next.advertise_exit_node && next.exit_node.is_some() {
+            return Err(problem(
+                "usage",
+                "a node that sends all its traffic through another cannot carry the traffic of others",
+                "`meshd set --exit-node none`, or `--advertise-exit-node=false`",
+            ));
         }
         Ok(next)
-    }
-
-    /// As people's scripts read it.
-    #[must_use]
-    pub fn document(&self, notes: Vec<String>) -> SettingsDocument {
-        SettingsDocument {
-            schema: version::LOCAL,
-            advertise_routes: self.advertise_routes.clone(),
-            accept_routes: self.accept_routes,
-            notes,
-        }
     }
 }
 
@@ -79,10 +131,11 @@ fn advertised(prefixes: &[IpNet], planner: &Planner) -> Result<Vec<IpNet>, Probl
     let mut list: Vec<IpNet> = prefixes.iter().map(IpNet::trunc).collect();
     list.sort_unstable();
     list.dedup();
-    if list.len() > MAX_ROUTES {
+    // Two stay free for an exit node.
+    if list.len() > MAX_ROUTES - 2 {
         return Err(problem(
             "too-many-routes",
-            format!("a node can advertise {MAX_ROUTES} prefixes, and these are {}", list.len()),
+            format!("a node can advertise {} prefixes, and these are {}", MAX_ROUTES - 2, list.len()),
             "join neighbouring prefixes into wider ones, or divide them among several nodes",
         ));
     }
@@ -103,26 +156,140 @@ fn advertised(prefixes: &[IpNet], planner: &Planner) -> Result<Vec<IpNet>, Probl
 #[derive(Debug, Clone)]
 pub(super) struct SettingsDesk {
     file: SettingsFile,
-    now: Arc<Mutex<Settings>>,
+    kept: Arc<Mutex<Kept>>,
+    changed: watch::Sender<Settings>,
+    /// Rings when a trial begins or ends.
+    trial: Arc<Notify>,
 }
 
 impl SettingsDesk {
-    pub(super) fn new(file: SettingsFile, settings: Settings) -> Self {
-        Self { file, now: Arc::new(Mutex::new(settings)) }
+    /// Takes settings of an earlier run over. Those that were on trial then were not confirmed.
+    ///
+    /// # Errors
+    /// The disk does not take it.
+    pub(super) fn new(file: SettingsFile, mut kept: Kept) -> Result<Self, Problem> {
+        if let Some(trial) = kept.trial.take() {
+            tracing::warn!("settings were not confirmed before the daemon ended; they are as before again");
+            kept.settings = trial.before;
+            file.keep(&kept)?;
+        }
+        let (changed, _) = watch::channel(kept.settings.clone());
+        Ok(Self { file, kept: Arc::new(Mutex::new(kept)), changed, trial: Arc::default() })
     }
 
-    /// Makes a change: on disk first, then in the planner.
+    pub(super) fn get(&self) -> Settings {
+        self.kept.lock().settings.clone()
+    }
+
+    /// Hears of changes.
+    pub(super) fn watch(&self) -> watch::Receiver<Settings> {
+        self.changed.subscribe()
+    }
+
+    /// Makes a change: on disk first, then in the planner. With `trial` it is taken back after so many seconds, unless
+    /// confirmed before.
     ///
     /// # Errors
     /// The change cannot be, or the disk does not take it; then nothing changed.
-    pub(super) fn change(&self, change: &SettingsChange, planner: &mut Planner, now: Now) -> Result<Settings, Problem> {
-        let mut settings = self.now.lock();
-        let next = settings.with(change, planner)?;
-        if next != *settings {
-            self.file.keep(&next)?;
-            planner.handle(Input::Routes(next.wish()), now);
-            settings.clone_from(&next);
+    pub(super) fn change(
+        &self,
+        change: &SettingsChange,
+        trial: Option<u64>,
+        planner: &mut Planner,
+        now: Now,
+    ) -> Result<(), Problem> {
+        let mut kept = self.kept.lock();
+        let settings = kept.settings.with(change, planner)?;
+        if settings == kept.settings && trial.is_none() {
+            return Ok(());
         }
-        Ok(next)
+        let before = kept.trial.take().map_or_else(|| kept.settings.clone(), |trial| trial.before);
+        let until = |seconds| clock::wall().saturating_add(seconds);
+        // A second trial goes back to what was before the first; a change that is meant to stay ends it.
+        let trial = trial.map(|seconds| Trial { before, until: until(seconds) });
+        self.keep(&mut kept, Kept { v: 1, settings, trial })?;
+        planner.handle(Input::Routes(kept.settings.wish()), now);
+        Ok(())
+    }
+
+    /// What is on trial stays. False: nothing was.
+    ///
+    /// # Errors
+    /// The disk does not take it.
+    pub(super) fn confirm(&self) -> Result<bool, Problem> {
+        let mut kept = self.kept.lock();
+        let next = Kept { trial: None, ..kept.clone() };
+        let there_was = kept.trial.is_some();
+        self.keep(&mut kept, next)?;
+        Ok(there_was)
+    }
+
+    fn keep(&self, kept: &mut Kept, next: Kept) -> Result<(), Problem> {
+        if next != *kept {
+            self.file.keep(&next)?;
+            *kept = next;
+            self.changed.send_replace(kept.settings.clone());
+            self.trial.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Takes back what is not confirmed in time. Runs until it is aborted.
+    pub(super) async fn watch_trials(self, planner: PlannerHandle) {
+        loop {
+            let until = self.kept.lock().trial.as_ref().map(|trial| trial.until);
+            let over = async {
+                match until {
+                    Some(until) => tokio::time::sleep(Duration::from_secs(until.saturating_sub(clock::wall()))).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = over => {}
+                () = self.trial.notified() => continue,
+            }
+            let desk = self.clone();
+            let asked = planner.with(move |planner, now| desk.take_back(planner, now)).await;
+            match asked {
+                Ok(Ok(())) => {}
+                Ok(Err(why)) => {
+                    tracing::error!(code = why.code, "{}", why.text);
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                }
+                // The daemon stops.
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn take_back(&self, planner: &mut Planner, now: Now) -> Result<(), Problem> {
+        let mut kept = self.kept.lock();
+        let Some(trial) = kept.trial.clone().filter(|trial| trial.until <= clock::wall()) else { return Ok(()) };
+        tracing::warn!("the settings were not confirmed in time; they are as before again");
+        self.keep(&mut kept, Kept { v: 1, settings: trial.before, trial: None })?;
+        planner.handle(Input::Routes(kept.settings.wish()), now);
+        Ok(())
+    }
+
+    /// As people's scripts read it.
+    pub(super) fn document(&self, planner: &Planner) -> SettingsDocument {
+        let kept = self.kept.lock();
+        let Settings { advertise_routes, advertise_exit_node, accept_routes, snat, .. } = kept.settings.clone();
+        let name = |who: &IdentityKey| {
+            planner.ledger().member_ever(who).map_or_else(|| who.node_id().to_string(), |m| m.name.clone())
+        };
+        let pending = planner.pending_routes().into_iter().map(|(text, hint)| format!("{text}; {hint}"));
+        SettingsDocument {
+            schema: version::LOCAL,
+            advertise_routes,
+            advertise_exit_node,
+            accept_routes,
+            snat,
+            exit_node: kept.settings.exit_node.as_ref().map(name),
+            exit_node_allow_lan_access: kept.settings.exit_node_allow_lan_access,
+            kill_switch: kept.settings.kill_switch,
+            reverts_in_s: kept.trial.as_ref().map(|trial| trial.until.saturating_sub(clock::wall())),
+            notes: pending.collect(),
+        }
     }
 }

@@ -8,6 +8,7 @@
 //! records.jsonl  accepted records, one a line                        only appended to
 //! state.json     UDP port, last endpoints, what joined networks, advertisements, clock      replaced
 //! settings.json  what a person set the node up to do                  replaced
+//! footprint.json what was changed on this machine (daemon/footprint)   replaced; gone when all is undone
 //! lock           flock: one daemon for each directory
 //! meshd.log      what a daemon in the background says
 //! ```
@@ -27,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::daemon::problem;
-use crate::daemon::settings::Settings;
+use crate::daemon::settings::Kept;
 use crate::engine::planner::Worked;
 use crate::os::clock;
 use crate::os::lock::{DirLock, LockError};
@@ -163,7 +164,7 @@ impl Store {
 
     /// A directory that holds nothing but meshd's own files is made private; one that is used otherwise is left alone.
     fn tighten(&self, meta: &fs::Metadata) {
-        const OWN: [&str; 9] = [
+        const OWN: [&str; 10] = [
             "lock",
             "node.json",
             "root.json",
@@ -172,6 +173,7 @@ impl Store {
             "records.jsonl",
             "state.json",
             "settings.json",
+            "footprint.json",
             "meshd",
         ];
         if meta.permissions().mode() & 0o077 == 0 {
@@ -328,10 +330,10 @@ impl Store {
     ///
     /// # Errors
     /// Code `settings`: the file cannot be read. It is left as it is, so that nothing is set up that nobody wanted.
-    pub fn settings(&self) -> Result<Settings, Problem> {
+    pub fn settings(&self) -> Result<Kept, Problem> {
         let path = self.path("settings.json");
-        let Some(bytes) = read_file(&path).map_err(|e| cannot_read(&path, &e))? else { return Ok(Settings::default()) };
-        serde_json::from_slice::<Settings>(&bytes).ok().filter(|settings| settings.v == VERSION).ok_or_else(|| {
+        let Some(bytes) = read_file(&path).map_err(|e| cannot_read(&path, &e))? else { return Ok(Kept::default()) };
+        serde_json::from_slice::<Kept>(&bytes).ok().filter(|kept| kept.v == VERSION).ok_or_else(|| {
             problem(
                 "settings",
                 format!("{} is damaged, or of another version of meshd", path.display()),
@@ -530,9 +532,9 @@ impl SettingsFile {
     ///
     /// # Errors
     /// Code `state-write`.
-    pub fn keep(&self, settings: &Settings) -> Result<(), Problem> {
+    pub fn keep(&self, settings: &Kept) -> Result<(), Problem> {
         let write = || {
-            let text = Zeroizing::new(serde_json::to_vec_pretty(settings)?);
+            let text = Zeroizing::new(serde_json::to_vec_pretty(&Kept { v: VERSION, ..settings.clone() })?);
             write_atomically(&self.dir, "settings.json", &text)
         };
         write().map_err(|e: io::Error| cannot_write(&self.dir.join("settings.json"), &e))
@@ -590,7 +592,7 @@ fn read_file(path: &Path) -> io::Result<Option<Vec<u8>>> {
 }
 
 /// Replaces a file so that after a crash it has either its old or its new content.
-fn write_atomically(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write_atomically(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     let temporary = dir.join(format!("{name}.tmp"));
     let result = (|| {
         match fs::remove_file(&temporary) {
@@ -632,6 +634,7 @@ fn hint_for(e: &io::Error) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::settings::Settings;
     use crate::link::ProxySetting;
     use crate::trust::record::{Admin, Record};
     use crate::wire::keys::IdentityKey;
@@ -686,7 +689,8 @@ mod tests {
                 })
                 .unwrap();
             let proxy = ProxySetting::parse("http://ann:secret@proxy:3128").unwrap();
-            store.settings_file().keep(&Settings { proxy, ..Settings::default() }).unwrap();
+            let settings = Settings { proxy, ..Settings::default() };
+            store.settings_file().keep(&Kept { settings, ..Kept::default() }).unwrap();
         }
         let mut store = Store::open(&path).unwrap();
         assert_eq!(store.keys().unwrap().unwrap().identity_key(), id);
@@ -694,7 +698,7 @@ mod tests {
         assert_eq!(store.records().unwrap(), [record(1), record(2), record(3)]);
         assert_eq!(store.state().unwrap().port, 40_000);
         assert_eq!(store.state().unwrap().worked, [joined()]);
-        assert_eq!(*store.settings().unwrap().proxy.secret_text(), "http://ann:secret@proxy:3128");
+        assert_eq!(*store.settings().unwrap().settings.proxy.secret_text(), "http://ann:secret@proxy:3128");
         assert!(store.notes().is_empty());
         assert_eq!(mode(&path), 0o700);
         for entry in fs::read_dir(&path).unwrap() {

@@ -9,7 +9,7 @@ use futures_util::{SinkExt, StreamExt};
 use rustls::pki_types::ServerName;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
@@ -22,6 +22,7 @@ use crate::link::noise::{Answer, Initiator, NoiseError, Offer, Opener, Purpose, 
 use crate::link::proxy::{self, Proxies, Proxy};
 use crate::link::pump::{self, Keepalive, Limits, close};
 use crate::link::{ControlLink, Endpoint, LinkInfo, RelayLink, control, relay, tls};
+use crate::os::mark::mark;
 use crate::trust::keys::Secret32;
 use crate::wire::keys::ControlKey;
 use crate::wire::version::{self, VersionRange};
@@ -172,7 +173,7 @@ pub(super) async fn dial(host: &str, port: u16, stage: &mut &'static str) -> Res
         .zip(addresses)
         .map(|(i, address)| async move {
             sleep(NEXT_ADDRESS * i).await;
-            TcpStream::connect(address).await.map_err(|e| (address, e))
+            outside_the_tunnel(address).await.map_err(|e| (address, e))
         })
         .collect();
     let mut last = (first, "no attempt was made".to_owned());
@@ -186,6 +187,13 @@ pub(super) async fn dial(host: &str, port: u16, stage: &mut &'static str) -> Res
         }
     }
     Err(Dial::Unreachable(last.0, last.1))
+}
+
+/// A connection that does not go through a tunnel of our own, whatever that takes in.
+async fn outside_the_tunnel(address: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    mark(&socket);
+    socket.connect(address).await
 }
 
 /// Addresses in the resolver's order but with the families taking turns (RFC 8305 section 4).

@@ -15,6 +15,7 @@ use parking_lot::RwLock;
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::engine::io::SocketId;
+use crate::os::mark::mark;
 use crate::os::{train, udp};
 
 /// Sockets received from in one turn of the data thread; the others come in the next.
@@ -67,6 +68,7 @@ impl ExtraSockets {
 
     fn open_one(&self, id: SocketId) -> io::Result<()> {
         let socket = Socket::new(Domain::IPV4, Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
+        mark(&socket);
         // The kernel's buffers stay as they are: what hundreds of sockets may hold at once is bounded by that.
         train::enable(&socket, self.trains, false);
         udp::never_fragment(&socket, false);

@@ -17,6 +17,7 @@ const TIME_EXCEEDED: (u8, u8) = (11, 0);
 /// No descriptor is left.
 pub fn dying_at(hop: u8) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::IPV4, Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
+    super::mark::mark(&socket);
     socket.set_ttl_v4(hop.into())?;
     setsockopt(&socket, sockopt::Ipv4RecvErr, &true)?;
     socket.bind(&SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 0).into())?;

@@ -12,6 +12,7 @@ pub mod extra;
 pub mod hops;
 pub mod lock;
 pub mod manager;
+pub mod mark;
 pub mod netlink;
 pub mod process;
 pub mod router;

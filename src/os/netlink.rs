@@ -1,4 +1,6 @@
-//! Interface addresses, routes and their changes, by rtnetlink. The only file that knows the rtnetlink crate.
+//! Interface addresses, routes and their changes, by rtnetlink. Nobody else knows the rtnetlink crate.
+
+mod policy;
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -17,6 +19,8 @@ use crate::engine::io::LocalAddress;
 use crate::engine::packet::DATA_OVERHEAD;
 use crate::engine::portmap::Gateway;
 use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS};
+
+pub use policy::{Rule, TableRoute};
 
 /// A change is reported after this long, with what came meanwhile: one change of network is many messages.
 const DEBOUNCE: Duration = Duration::from_millis(20);
@@ -314,13 +318,17 @@ pub fn candidates(all: &[InterfaceAddress], not_on: u32) -> Vec<LocalAddress> {
     list
 }
 
-fn route(message: &RouteMessage) -> Option<Route> {
-    let header: &RouteHeader = &message.header;
+fn table_of(message: &RouteMessage) -> u32 {
     let table = message.attributes.iter().find_map(|a| match a {
         RouteAttribute::Table(table) => Some(*table),
         _ => None,
     });
-    if header.kind != RouteType::Unicast || table.unwrap_or_else(|| u32::from(header.table)) == TABLE_LOCAL {
+    table.unwrap_or_else(|| u32::from(message.header.table))
+}
+
+fn route(message: &RouteMessage) -> Option<Route> {
+    let header: &RouteHeader = &message.header;
+    if header.kind != RouteType::Unicast || table_of(message) == TABLE_LOCAL {
         return None;
     }
     let mut index = None;

@@ -46,7 +46,9 @@ pub fn announcements(port: u16) -> io::Result<UdpSocket> {
 }
 
 fn open() -> io::Result<Socket> {
-    Socket::new(Domain::IPV4, Type::DGRAM.nonblocking(), Some(Protocol::UDP))
+    let socket = Socket::new(Domain::IPV4, Type::DGRAM.nonblocking(), Some(Protocol::UDP))?;
+    super::mark::mark(&socket);
+    Ok(socket)
 }
 
 #[cfg(test)]

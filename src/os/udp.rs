@@ -13,6 +13,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::engine::io::SocketId;
 use crate::os::extra::ExtraSockets;
+use crate::os::mark::mark;
 use crate::os::train::{self, Receiver};
 use crate::time::Now;
 
@@ -334,6 +335,7 @@ fn open(local: SocketAddr) -> io::Result<Socket> {
     if local.is_ipv6() {
         socket.set_only_v6(true)?;
     }
+    mark(&socket);
     enlarge_buffers(&socket);
     never_fragment(&socket, local.is_ipv6());
     socket.bind(&local.into())?;

@@ -84,7 +84,12 @@ pub enum Call {
     Set {
         /// What to change; nothing: only say how it is.
         change: SettingsChange,
+        /// Go back after so many seconds, unless confirmed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        confirm_s: Option<u64>,
     },
+    /// A change that would be taken back stays; answered by one `settings`.
+    Confirm,
     /// Answered by one `routes`.
     Routes,
     /// An admin's word on a node and a prefix; answered by one `route-changed`. Only on an admin node.
@@ -549,20 +554,47 @@ pub struct SettingsChange {
     /// The whole list of prefixes to advertise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub advertise_routes: Option<Vec<IpNet>>,
+    /// Offer to carry all traffic of others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advertise_exit_node: Option<bool>,
     /// Use the routes of others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accept_routes: Option<bool>,
+    /// What is forwarded for others leaves under this machine's own address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snat: Option<bool>,
+    /// The node that all traffic goes through: name, mesh IP or id prefix; `none`: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_node: Option<String>,
+    /// With an exit node, the networks this machine is in are still reached directly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_node_allow_lan_access: Option<bool>,
+    /// With an exit node, nothing leaves beside it, not even when the daemon was killed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kill_switch: Option<bool>,
 }
 
-/// What a node is set up to do, schema 1.
+/// `meshd set --json`: what a node is set up to do, schema 1.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SettingsDocument {
     /// 1.
     pub schema: u16,
     /// Prefixes the node leads to, as far as an admin approves.
     pub advertise_routes: Vec<IpNet>,
+    /// It offers to carry all traffic of others.
+    pub advertise_exit_node: bool,
     /// It uses the routes of others.
     pub accept_routes: bool,
+    /// What it forwards for others leaves under its own address.
+    pub snat: bool,
+    /// The name of the node that all traffic goes through, or null.
+    pub exit_node: Option<String>,
+    /// The networks the machine is in are reached directly all the same.
+    pub exit_node_allow_lan_access: bool,
+    /// Nothing leaves beside the exit node, not even when the daemon was killed.
+    pub kill_switch: bool,
+    /// Seconds until the settings go back to what they were, unless `meshd set --confirm` comes before; null: they stay.
+    pub reverts_in_s: Option<u64>,
     /// What there is to say about that, such as routes that wait for an admin.
     pub notes: Vec<String>,
 }

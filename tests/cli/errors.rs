@@ -43,6 +43,9 @@ fn wrong_command_lines() {
             &["routes", "approve", "nas"],
             &["routes", "approve", "nas", "192.168.1.0/33"],
             &["routes", "aprove", "nas", "192.168.1.0/24"],
+            &["set", "--confirm", "60s"],
+            &["set", "--snat=false", "--confirm"],
+            &["set", "--kill-switch=perhaps"],
             &["completions", "bahs"],
             &["up", "--token-file", "/nonexistent/token"],
             &["stauts", "--json"],
@@ -63,6 +66,8 @@ fn no_daemon() {
         &["invite"],
         &["remove", "nas"],
         &["routes"],
+        &["set"],
+        &["set", "--exit-node", "gate"],
         &["routes", "approve", "nas", "192.168.1.0/24"],
     ]
     .iter()
@@ -70,6 +75,18 @@ fn no_daemon() {
     .collect();
     let lines: Vec<&[&str]> = lines.iter().map(Vec::as_slice).collect();
     check("not-running", &lines);
+}
+
+#[test]
+fn nothing_to_undo_where_nothing_runs() {
+    let dir = ["--state-dir", "/nonexistent/meshd"];
+    for (name, args) in [("footprint-none", &["footprint"][..]), ("footprint-undo-none", &["footprint", "--undo"])] {
+        let texts = [&[][..], &["--json"]].map(|form| {
+            let args = [args, &dir[..], form].concat();
+            transcript(&args, &meshd(&args).output().unwrap())
+        });
+        assert_snapshot(name, &texts.join("\n"));
+    }
 }
 
 #[test]

@@ -9,8 +9,8 @@ use std::process::Output;
 use meshd::wire::local::{
     CounterValue, CounterValues, DropCount, Health, Netcheck, NetcheckServer, PathKind, PeerWhy, Pong, PortMapper,
     PortMapperProtocol, Problem, Punching, Removed, Request, Response, RouteChange, RouteLine, RouteList, RouteState,
-    Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply,
-    WhyFound, WhySide,
+    SettingsDocument, Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer,
+    StatusSelf, TokenReply, WhyFound, WhySide,
 };
 use meshd::wire::nat::{Mapper, PortModel, Seen};
 
@@ -311,6 +311,26 @@ fn routes_documents() {
         &["routes", "revoke", "nas", "10.0.0.0/24"],
         &[Response::RouteChanged(taken), Response::Done],
     );
+}
+
+#[test]
+fn settings_document() {
+    let settings = SettingsDocument {
+        schema: 1,
+        advertise_routes: vec!["192.168.1.0/24".parse().unwrap()],
+        advertise_exit_node: false,
+        accept_routes: true,
+        snat: true,
+        exit_node: Some("gate".to_owned()),
+        exit_node_allow_lan_access: true,
+        kill_switch: false,
+        reverts_in_s: Some(59),
+        notes: vec!["laptop advertises 192.168.1.0/24, and no admin has approved it".to_owned()],
+    };
+    let args = ["set", "--exit-node", "gate", "--confirm", "60s"];
+    check("set", &args, &[Response::Settings(settings.clone()), Response::Done]);
+    let kept = SettingsDocument { reverts_in_s: None, notes: vec![], ..settings };
+    check("set-confirm", &["set", "--confirm"], &[Response::Settings(kept), Response::Done]);
 }
 
 #[test]

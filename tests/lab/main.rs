@@ -29,7 +29,9 @@ mod home_router;
 mod nats;
 mod net;
 mod packets;
+mod picture;
 mod runner;
+mod services;
 mod world;
 
 use std::process::ExitCode;

@@ -86,6 +86,7 @@ async fn exchange(
 
 async fn connect(own: Ipv4Addr, url: &Url) -> std::io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
+    crate::os::mark::mark(&socket);
     socket.bind(SocketAddrV4::new(own, 0).into())?;
     socket.connect(url.address.into()).await
 }

@@ -133,6 +133,8 @@ pub enum Why {
     Control,
     /// The own advertisement is to be sent again.
     Advertise,
+    /// A router that the coordinator misses may have fallen silent.
+    Routers,
 }
 
 /// See the module.
@@ -360,6 +362,7 @@ impl Planner {
                 Why::Ping(token) => self.ping_lost(token),
                 Why::Control => self.control_due(),
                 Why::Advertise => self.advertise(),
+                Why::Routers => self.routes_changed(),
             }
         }
     }

@@ -11,6 +11,7 @@ use ipnet::IpNet;
 
 use crate::engine::drops::Drop;
 use crate::engine::io::{Output, PeerId, RoutePlan, RouteWish, Update};
+use crate::engine::peer::Peer;
 use crate::engine::planner::{Planner, Why};
 use crate::time::{Now, UnixSeconds};
 use crate::trust::advert::{ADVERT_VERSION, Advert, MAX_ROUTES, SignedAdvert};
@@ -24,6 +25,8 @@ use crate::wire::local::{Problem, RouteChange, RouteLine, RouteState};
 const SHORTEST_IPV4: u8 = 8;
 /// The same for IPv6.
 const SHORTEST_IPV6: u8 = 16;
+/// A router that the coordinator misses is still there if it was heard of this recently.
+const HEARD_LATELY: Duration = Duration::from_millis(1_500);
 /// After the coordinator refused an advertisement for coming too soon.
 const ADVERTISE_AGAIN: Duration = Duration::from_secs(2);
 
@@ -227,6 +230,10 @@ impl Planner {
                 told.entry(router.id).or_default().from.push(*prefix);
             }
         }
+        // One that is missed but still heard of may fall silent any moment.
+        let in_doubt = |id: &PeerId| self.peer(*id).is_some_and(|peer| !peer.online && self.is_heard(peer));
+        let doubt = self.control.connected && chosen.values().any(in_doubt);
+        self.timers.set(Why::Routers, doubt.then(|| self.now + HEARD_LATELY));
         self.routes.chosen = chosen;
         self.tell_workers(told);
         self.tell_shell(routers.into_keys());
@@ -268,7 +275,13 @@ impl Planner {
 
     /// As far as is known. Without the coordinator nothing is known against anybody.
     fn is_there(&self, id: PeerId) -> bool {
-        !self.control.connected || self.peer(id).is_some_and(|peer| peer.online || self.heard_lately(peer))
+        !self.control.connected || self.peer(id).is_some_and(|peer| peer.online || self.is_heard(peer))
+    }
+
+    fn is_heard(&self, peer: &Peer) -> bool {
+        let stamps = peer.stamps();
+        let heard = stamps.last_rx_direct.max(stamps.last_rx_relay);
+        heard.is_some_and(|at| self.now.since(at) < HEARD_LATELY)
     }
 
     fn distance(&self, id: PeerId) -> Option<Duration> {
@@ -490,6 +503,52 @@ impl Planner {
             route_revoke_record(&signer, network, who, prefix, wall.max(said.unwrap_or(0)))
         };
         Ok((Some(record), change))
+    }
+
+    /// The node that a person wants all traffic to go through.
+    ///
+    /// # Errors
+    /// It is unknown, is this one, or does not offer that, or no admin allows it.
+    pub fn find_exit_node(&self, wanted: &str) -> Result<IdentityKey, Problem> {
+        let member = self.member_of(self.find_peer(wanted)?);
+        let Some(Member { identity, name, .. }) = member else { return Ok(self.me.identity) };
+        let everything = |prefix: &&IpNet| prefix.prefix_len() == 0;
+        let heard = self.routes.adverts.get(identity);
+        let offered: Vec<&IpNet> = heard.iter().flat_map(|heard| heard.advert.prefixes()).filter(everything).collect();
+        if offered.is_empty() {
+            return Err(Problem {
+                code: "no-exit-node".into(),
+                text: format!("{name} does not offer to be an exit node"),
+                hint: format!("on {name}: `meshd up --advertise-exit-node`; `meshd routes` lists who does"),
+            });
+        }
+        if !offered.iter().any(|prefix| self.ledger.may_announce(identity, prefix)) {
+            return Err(Problem {
+                code: "no-exit-node".into(),
+                text: format!("{name} offers to be an exit node, and no admin has approved it"),
+                hint: format!("on an admin node: `meshd routes approve {name} exit-node`"),
+            });
+        }
+        Ok(*identity)
+    }
+
+    /// What is wrong with the exit node, if there is to be one: a sentence, and whether nothing at all gets through.
+    pub(super) fn exit_node_trouble(&self) -> Option<(String, bool)> {
+        let wanted = self.routes.wish.exit_node?;
+        let name = self.ledger.member_ever(&wanted).map_or("a node that is unknown", |m| m.name.as_str());
+        let asked = self.routes.chosen.iter().find(|(prefix, _)| prefix.prefix_len() == 0).map(|(_, id)| *id);
+        match asked {
+            None => Some((
+                format!(
+                    "all traffic is to go through {name}, which does not offer that (or not with an admin's approval)"
+                ),
+                true,
+            )),
+            Some(id) if !self.is_there(id) => {
+                Some((format!("all traffic goes through {name}, which is offline"), false))
+            }
+            Some(_) => None,
+        }
     }
 
     /// Whether a prefix can be a route at all.

@@ -198,11 +198,6 @@ impl Planner {
         })
     }
 
-    /// As of the last thing that happened.
-    pub(super) fn heard_lately(&self, peer: &Peer) -> bool {
-        heard_lately(peer, self.now)
-    }
-
     pub(super) fn status_path(&self, peer: &Peer, name: &str, coordinator: &str, now: Now) -> StatusPath {
         let none =
             StatusPath { kind: PathKind::None, endpoint: None, rtt_ms: None, since_s: None, reason: None, mtu: None };
@@ -318,6 +313,11 @@ impl Planner {
                 "the coordinator's log does not fit its own digest".into(),
                 "the coordinator may be faulty or hostile; records are still verified one by one",
             );
+        }
+        if let Some((text, nothing)) = self.exit_node_trouble() {
+            let severity = if nothing { Severity::Error } else { Severity::Warning };
+            let hint = "choose another with `meshd set --exit-node NAME`, or `meshd set --exit-node none`";
+            add("exit-node", severity, now, text, hint);
         }
         let pending = self.pending_routes();
         if let Some((text, hint)) = pending.first() {

@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use meshd::cli::demo::net::tool;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::net;
+use crate::picture::{picture, unchanged};
 use crate::runner::{Case, case};
 use crate::world::{Node, ensure, error_of, eventually};
 
@@ -40,37 +40,16 @@ fn killed() -> Result<()> {
     ensure(code == 0, || format!("b does not answer after it: {pongs:?}"))
 }
 
-/// Everything meshd might change.
-fn picture(node: &Node) -> Result<String> {
-    let mut text = String::new();
-    for args in ["addr", "route show table all", "-6 route show table all", "rule", "-6 rule", "link"] {
-        let mut lines: Vec<String> = node.namespace.ip(args)?.lines().map(without_lifetimes).collect();
-        lines.sort();
-        text.push_str(&format!("ip {args}\n{}\n", lines.join("\n")));
-    }
-    let rules = node.namespace.run(tool("nft").args(["list", "ruleset"]))?;
-    let resolver = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    Ok(text + &rules + &resolver)
-}
-
-fn without_lifetimes(line: &str) -> String {
-    line.split(" expires ").next().unwrap_or(line).trim().to_owned()
-}
-
-fn unchanged(before: &str, after: &str) -> Result<()> {
-    let only =
-        |a: &str, b: &str| a.lines().filter(|line| !b.lines().any(|l| l == *line)).collect::<Vec<_>>().join("\n");
-    ensure(before == after, || format!("gone:\n{}\nnew:\n{}", only(before, after), only(after, before)))
-}
-
 fn down() -> Result<()> {
     let lab = net::public()?;
     let c = Node::new("c", super::join::namespace(&lab, "c"));
-    let before = picture(&c)?;
+    let before = picture(&c.namespace)?;
     lab.join()?;
-    ensure(picture(&c)? != before, || "up changes nothing: is the picture taken of the right machine?".to_owned())?;
+    ensure(picture(&c.namespace)? != before, || {
+        "up changes nothing: is the picture taken of the right machine?".to_owned()
+    })?;
     c.run(&["down"])?;
-    unchanged(&before, &picture(&c)?)?;
+    unchanged(&before, &picture(&c.namespace)?)?;
     // Twice is harmless; and after a SIGKILL there is still a way to leave nothing behind.
     c.run(&["down"])?;
     c.run(&["up"])?;
@@ -78,17 +57,17 @@ fn down() -> Result<()> {
     eventually("the daemon is gone", Duration::from_secs(5), || ensure(c.pid().is_err(), || "it is there".to_owned()))?;
     c.run(&["up"])?;
     c.run(&["down"])?;
-    unchanged(&before, &picture(&c)?)
+    unchanged(&before, &picture(&c.namespace)?)
 }
 
 fn sigterm() -> Result<()> {
     let lab = net::public()?;
     let c = Node::new("c", super::join::namespace(&lab, "c"));
-    let before = picture(&c)?;
+    let before = picture(&c.namespace)?;
     lab.join()?;
     kill(Pid::from_raw(i32::try_from(c.pid()?)?), Signal::SIGTERM)?;
     eventually("the daemon is gone", Duration::from_secs(5), || ensure(c.pid().is_err(), || "it is there".to_owned()))?;
-    unchanged(&before, &picture(&c)?)
+    unchanged(&before, &picture(&c.namespace)?)
 }
 
 fn status_codes() -> Result<()> {
