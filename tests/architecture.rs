@@ -23,6 +23,7 @@ const ALLOWED_CRATES: &[(&str, &str)] = &[
     ("chacha20poly1305", "sealed peer messages"),
     ("ed25519_dalek", "signatures"),
     ("etherparse", "IP headers"),
+    ("hickory_proto", "DNS messages"),
     ("hmac_sha256", "integrity of path probes; what stun_rs uses itself"),
     ("ipnet", "prefixes"),
     ("mock_instant", "the simulator's clock, never in the shipped program"),

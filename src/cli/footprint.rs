@@ -32,8 +32,18 @@ struct Undone {
     undone: Vec<Entry>,
 }
 
+/// systemd runs this command because the daemon did not end well: systemd.exec(5), `SERVICE_RESULT`.
+fn service_failed() -> bool {
+    std::env::var("SERVICE_RESULT").is_ok_and(|result| result != "success")
+}
+
 pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
     let dir = global.state_dir();
+    if args.undo && service_failed() && footprint::is_kept_closed(&dir) {
+        let text = "the kill switch is on and the service failed: nothing is undone, so that nothing leaves beside the exit node";
+        let hint = "the next start takes over; `meshd down` undoes it";
+        return Err(CliError::failed("kill-switch", text, hint));
+    }
     if args.undo {
         let undone = footprint::undo_left_behind(&dir)?.iter().map(Entry::of).collect();
         return global.output().show(&Undone { schema: version::LOCAL, undone }, |d| match d.undone.as_slice() {

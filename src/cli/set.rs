@@ -21,6 +21,9 @@ pub(super) struct Routing {
     /// Use the subnets that others lead to [default: true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     accept_routes: Option<bool>,
+    /// Have this machine's programs ask meshd for the names of nodes [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    accept_dns: Option<bool>,
     /// Let what is forwarded for others leave under this machine's own address [default: true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     snat: Option<bool>,
@@ -32,6 +35,7 @@ impl Routing {
             advertise_routes: self.advertise_routes.as_ref().map(|list| list.0.clone()),
             advertise_exit_node: self.advertise_exit_node,
             accept_routes: self.accept_routes,
+            accept_dns: self.accept_dns,
             snat: self.snat,
             ..SettingsChange::default()
         }
@@ -120,6 +124,7 @@ fn text(set: &SettingsDocument) -> String {
         ("advertise-routes", list(&set.advertise_routes)),
         ("advertise-exit-node", yes(set.advertise_exit_node)),
         ("accept-routes", yes(set.accept_routes)),
+        ("accept-dns", yes(set.accept_dns)),
         ("snat", yes(set.snat)),
         ("exit-node", set.exit_node.clone().unwrap_or_else(|| "none".to_owned())),
         ("exit-node-allow-lan-access", yes(set.exit_node_allow_lan_access)),

@@ -24,6 +24,7 @@ mod health;
 pub mod join;
 mod links;
 mod local_api;
+mod names;
 mod netcheck;
 mod node;
 mod outbox;

@@ -28,6 +28,7 @@ use crate::daemon::health::Health;
 use crate::daemon::join::{self, Membership, Wish};
 use crate::daemon::links::{Bells, Coordinator};
 use crate::daemon::local_api::{Api, Parts, Socket};
+use crate::daemon::names;
 use crate::daemon::outbox::{Notices, Outbox};
 use crate::daemon::planner_task::{self, ToStore, Wiring};
 use crate::daemon::portmap::{self, PortMapHandle};
@@ -116,6 +117,7 @@ struct Node {
     to_store: Arc<ToStore>,
     api: Arc<Api>,
     routing: JoinHandle<()>,
+    names: JoinHandle<()>,
     footprint: (Journal, Netlink),
     stop: watch::Sender<bool>,
     gone: watch::Sender<bool>,
@@ -334,6 +336,15 @@ impl Node {
         let (shadows, shadowed) = watch::channel(BTreeMap::new());
         // A netlink socket lists one thing at a time, so this task has its own.
         let own_netlink = Netlink::connect().map_err(netlink_problem)?;
+        let names = names::run(names::Wiring {
+            planner: handle.clone(),
+            interface: interface.clone(),
+            addresses: mesh.clone(),
+            journal: journal.clone(),
+            changes: Changes::watch().map_err(netlink_problem)?,
+            settings: settings.watch(),
+            health: health.clone(),
+        });
         let routing = Routing::new(routing::Wiring {
             netlink: own_netlink.clone(),
             changes: Changes::watch().map_err(netlink_problem)?,
@@ -434,6 +445,7 @@ impl Node {
             to_store,
             api,
             routing: tokio::spawn(routing.run()),
+            names: tokio::spawn(names),
             footprint,
             stop,
             gone,
@@ -557,9 +569,11 @@ impl Node {
         for task in tasks {
             task.abort();
         }
-        self.routing.abort();
-        // Aborted: it changes nothing any more.
-        let _ = self.routing.await;
+        for changing in [self.routing, self.names] {
+            changing.abort();
+            // Aborted: it changes nothing any more.
+            let _ = changing.await;
+        }
         let (journal, netlink) = self.footprint;
         if timeout(UNDO_PATIENCE, footprint::undo(&journal, &netlink)).await.is_err() {
             tracing::error!("what was changed on this machine is not undone; `meshd footprint --undo` tries again");

@@ -37,6 +37,8 @@ pub struct Settings {
     pub advertise_exit_node: bool,
     /// Use the routes of others.
     pub accept_routes: bool,
+    /// This machine asks us for names.
+    pub accept_dns: bool,
     /// What is forwarded for others leaves under this machine's own address.
     pub snat: bool,
     /// All traffic goes through this node.
@@ -55,6 +57,7 @@ impl Default for Settings {
             advertise_routes: Vec::new(),
             advertise_exit_node: false,
             accept_routes: true,
+            accept_dns: true,
             snat: true,
             exit_node: None,
             exit_node_allow_lan_access: true,
@@ -108,6 +111,7 @@ impl Settings {
         }
         next.advertise_exit_node = change.advertise_exit_node.unwrap_or(next.advertise_exit_node);
         next.accept_routes = change.accept_routes.unwrap_or(next.accept_routes);
+        next.accept_dns = change.accept_dns.unwrap_or(next.accept_dns);
         next.snat = change.snat.unwrap_or(next.snat);
         match change.exit_node.as_deref() {
             None => {}
@@ -274,7 +278,8 @@ impl SettingsDesk {
     /// As people's scripts read it.
     pub(super) fn document(&self, planner: &Planner) -> SettingsDocument {
         let kept = self.kept.lock();
-        let Settings { advertise_routes, advertise_exit_node, accept_routes, snat, .. } = kept.settings.clone();
+        let Settings { advertise_routes, advertise_exit_node, accept_routes, accept_dns, snat, .. } =
+            kept.settings.clone();
         let name = |who: &IdentityKey| {
             planner.ledger().member_ever(who).map_or_else(|| who.node_id().to_string(), |m| m.name.clone())
         };
@@ -284,6 +289,7 @@ impl SettingsDesk {
             advertise_routes,
             advertise_exit_node,
             accept_routes,
+            accept_dns,
             snat,
             exit_node: kept.settings.exit_node.as_ref().map(name),
             exit_node_allow_lan_access: kept.settings.exit_node_allow_lan_access,

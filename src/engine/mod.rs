@@ -13,6 +13,7 @@ pub mod drops;
 pub(crate) mod fit;
 pub mod inbound;
 pub mod io;
+pub mod names;
 pub mod netcheck;
 pub mod outbound;
 pub mod packet;

@@ -560,6 +560,9 @@ pub struct SettingsChange {
     /// Use the routes of others.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub accept_routes: Option<bool>,
+    /// Have this machine's programs ask us for names.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub accept_dns: Option<bool>,
     /// What is forwarded for others leaves under this machine's own address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snat: Option<bool>,
@@ -585,6 +588,8 @@ pub struct SettingsDocument {
     pub advertise_exit_node: bool,
     /// It uses the routes of others.
     pub accept_routes: bool,
+    /// Programs on its machine ask it for names.
+    pub accept_dns: bool,
     /// What it forwards for others leaves under its own address.
     pub snat: bool,
     /// The name of the node that all traffic goes through, or null.

@@ -320,6 +320,7 @@ fn settings_document() {
         advertise_routes: vec!["192.168.1.0/24".parse().unwrap()],
         advertise_exit_node: false,
         accept_routes: true,
+        accept_dns: true,
         snat: true,
         exit_node: Some("gate".to_owned()),
         exit_node_allow_lan_access: true,

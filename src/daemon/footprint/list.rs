@@ -12,7 +12,7 @@ use crate::wire::local::{Problem, Status};
 /// One change to the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Entry {
-    /// `interface`, `address`, `route`, `rule`, `nft-table`, `nft-rules`, `sysctl`.
+    /// `interface`, `address`, `route`, `rule`, `nft-table`, `nft-rules`, `dns`, `sysctl`.
     pub kind: &'static str,
     /// For people.
     pub text: String,
@@ -27,6 +27,7 @@ impl Entry {
             Change::Rule(_) => "rule",
             Change::NftTable { .. } => "nft-table",
             Change::NftRules { .. } => "nft-rules",
+            Change::Resolvconf { .. } | Change::ResolvConf { .. } => "dns",
             Change::Sysctl { .. } => "sysctl",
         };
         Self { kind, text: change.text() }

@@ -16,13 +16,14 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
+use crate::daemon::names::resolv_conf::Before;
 use crate::daemon::problem;
 use crate::daemon::store::write_atomically;
 use crate::os::netlink::Rule;
 use crate::wire::local::Problem;
 
 pub use list::{Entry, list};
-pub use undo::{undo, undo_left_behind};
+pub use undo::{is_kept_closed, undo, undo_left_behind};
 
 /// The file's name in the state directory.
 const FILE: &str = "footprint.json";
@@ -56,6 +57,18 @@ pub enum Change {
         /// The comment of our rules.
         comment: String,
     },
+    /// An entry in resolvconf's list.
+    Resolvconf {
+        /// Its name.
+        entry: String,
+    },
+    /// The file that says whom this machine asks for names.
+    ResolvConf {
+        /// Where.
+        path: PathBuf,
+        /// What was there.
+        before: Before,
+    },
     /// A kernel setting.
     Sysctl {
         /// Below `/proc/sys/`.
@@ -78,6 +91,8 @@ impl Change {
             Self::NftRules { family, table, chain, comment } => {
                 format!("rules with the comment {comment:?} in {family} {table} {chain}")
             }
+            Self::Resolvconf { entry } => format!("entry {entry} in resolvconf"),
+            Self::ResolvConf { path, .. } => format!("{} (what was there is kept)", path.display()),
             Self::Sysctl { name, before, set } => format!("{name} = {set} (was {before})"),
         }
     }

@@ -3,11 +3,21 @@
 use std::path::Path;
 
 use crate::daemon::footprint::{Change, Journal, read};
+use crate::daemon::names;
 use crate::daemon::problem;
 use crate::daemon::routing::{nft, sysctl};
+use crate::daemon::settings::Kept;
 use crate::os::lock::{DirLock, LockError};
 use crate::os::netlink::Netlink;
 use crate::wire::local::Problem;
+
+/// The settings of a state directory say that nothing may leave beside an exit node, not even when the daemon was killed.
+#[must_use]
+pub fn is_kept_closed(dir: &Path) -> bool {
+    let kept =
+        std::fs::read(dir.join("settings.json")).ok().and_then(|text| serde_json::from_slice::<Kept>(&text).ok());
+    kept.is_some_and(|kept| kept.settings.kill_switch && kept.settings.exit_node.is_some())
+}
 
 /// Takes back what is in the journal, the newest first. What cannot be undone stays in it and is returned, a sentence each.
 pub async fn undo(journal: &Journal, netlink: &Netlink) -> Vec<String> {
@@ -33,6 +43,8 @@ async fn undo_one(change: &Change, netlink: &Netlink) -> Result<(), String> {
         Change::NftRules { family, table, chain, comment } => {
             nft::remove_rules(family, table, chain, comment).await.map_err(|p| p.text)
         }
+        Change::Resolvconf { entry } => names::system::remove_entry(entry).await.map_err(|p| p.text),
+        Change::ResolvConf { path, before } => names::system::put_back(path, before).map_err(|p| p.text),
         Change::Sysctl { name, before, set } => sysctl::put_back(name, before, set).map_err(shown),
     }
 }

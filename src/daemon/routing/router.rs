@@ -95,7 +95,9 @@ impl Router {
                 Change::Sysctl { name, before, set } => {
                     sysctl::put_back(name, before, set).map_err(|e| problem("forwarding", e.to_string(), ""))
                 }
-                Change::RouteTable { .. } | Change::Rule(_) => continue,
+                Change::RouteTable { .. } | Change::Rule(_) | Change::Resolvconf { .. } | Change::ResolvConf { .. } => {
+                    continue;
+                }
             };
             match undone {
                 Ok(()) => self.journal.undone(change),

@@ -22,6 +22,7 @@ mod fresh;
 mod heavy;
 mod limits;
 mod memory;
+mod names;
 mod paths;
 mod pings;
 mod routes;

@@ -12,6 +12,7 @@ mod interop;
 mod join;
 mod mistakes;
 mod mtu;
+mod names;
 mod paths;
 mod portmap;
 mod proxy;
@@ -41,6 +42,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(secrecy::cases());
     cases.extend(stun::cases());
     cases.extend(why::cases());
+    cases.extend(names::cases());
     cases.extend(mistakes::cases());
     cases.extend(cost::cases());
     cases.extend(interop::cases());

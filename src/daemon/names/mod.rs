@@ -1,0 +1,111 @@
+//! Names on this machine: answers DNS questions about the network on the node's own mesh addresses, and has the system ask
+//! there.
+//!
+//! What the answers are is [`crate::engine::names`]; this is its sockets ([`server`]), the way to other resolvers where the
+//! system can be given only one ([`forward`]), and the system's settings ([`system`], [`resolv_conf`]).
+
+mod forward;
+pub(in crate::daemon) mod resolv_conf;
+mod server;
+pub(in crate::daemon) mod system;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::watch;
+
+use crate::daemon::footprint::Journal;
+use crate::daemon::health::Health;
+use crate::daemon::planner_task::PlannerHandle;
+use crate::daemon::settings::Settings;
+use crate::engine::names::Zone;
+use crate::os::netlink::Changes;
+use crate::wire::local::Severity;
+
+use server::Server;
+use system::System;
+
+/// The system's settings are looked at this often besides when the network changes: DHCP clients write `/etc/resolv.conf` anew.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
+
+/// What the task needs.
+pub(super) struct Wiring {
+    pub(super) planner: PlannerHandle,
+    /// Our interface's name.
+    pub(super) interface: String,
+    /// Our addresses in the mesh.
+    pub(super) addresses: Vec<IpAddr>,
+    pub(super) journal: Journal,
+    pub(super) changes: Changes,
+    pub(super) settings: watch::Receiver<Settings>,
+    pub(super) health: Health,
+}
+
+/// Runs until it is aborted. Undoing what outlives the process is the caller's, by the journal.
+pub(super) async fn run(mut w: Wiring) {
+    let zones = Zones { planner: w.planner.clone(), cached: Arc::default() };
+    let Some(zone) = zones.current().await else { return };
+    let local = local_address(&w.addresses);
+    let served = Server::start(&w.addresses, local, &zones);
+    match &served.problem {
+        None => w.health.clear("names"),
+        Some(why) => w.health.set("names", Severity::Warning, why.text.clone(), why.hint.clone()),
+    }
+    let mut system = System::new(&w.interface, &zone, served.addresses.clone(), served.local, w.journal.clone());
+    loop {
+        let wanted = w.settings.borrow_and_update().accept_dns;
+        let set_up = system.settle(wanted).await;
+        // With no way set up nothing is forwarded.
+        served.forward_to(system.upstream());
+        match set_up {
+            Ok(()) => w.health.clear("names-system"),
+            Err(why) => w.health.set("names-system", Severity::Info, why.text, why.hint),
+        }
+        let going_on = tokio::select! {
+            changed = w.settings.changed() => changed.is_ok(),
+            () = w.changes.next() => true,
+            () = tokio::time::sleep(LOOK_AGAIN) => true,
+        };
+        if !going_on {
+            return;
+        }
+    }
+}
+
+/// Where the system asks if it can be given only an address that is there always: one of the loopback network, made from the
+/// mesh address so that several nodes on a machine have different ones. When the daemon is gone, questions to it are refused
+/// at once, and the system asks the next server.
+fn local_address(addresses: &[IpAddr]) -> Option<Ipv4Addr> {
+    addresses.iter().find_map(|address| match address {
+        IpAddr::V4(v4) => {
+            let [_, b, c, d] = v4.octets();
+            Some(Ipv4Addr::new(127, b, c, d))
+        }
+        IpAddr::V6(_) => None,
+    })
+}
+
+/// The zone as the planner's ledger has it, made anew when that has grown.
+#[derive(Debug, Clone)]
+struct Zones {
+    planner: PlannerHandle,
+    cached: Arc<Mutex<Option<Cached>>>,
+}
+
+/// A zone and its version.
+type Cached = (usize, Arc<Zone>);
+
+impl Zones {
+    /// `None`: the daemon is stopping.
+    async fn current(&self) -> Option<Arc<Zone>> {
+        let known = self.cached.lock().as_ref().map(|(version, _)| *version);
+        let newer = self.planner.with(move |planner, _| planner.zone(known)).await.ok()?;
+        let mut cached = self.cached.lock();
+        if let Some((version, zone)) = newer {
+            *cached = Some((version, Arc::new(zone)));
+        }
+        cached.as_ref().map(|(_, zone)| Arc::clone(zone))
+    }
+}
