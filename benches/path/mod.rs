@@ -179,12 +179,13 @@ impl InboundSink for Sink {
 }
 
 /// What both machines are told about their peer, at `ip`, with whom there is a session.
-fn introduce(tunnel: Tunnel, key: WgKey, ip: IpAddr) -> [Update; 3] {
+fn introduce(tunnel: Tunnel, key: WgKey, ip: IpAddr) -> [Update; 4] {
     let index = tunnel.index();
     [
         Update::Peer { peer: PEER, key, owns: vec![ip.into()], admits: vec![ip.into()], traffic: Arc::default() },
         Update::Tunnel { peer: PEER, tunnel: Arc::new(Mutex::new(tunnel)), index },
         Update::Path { peer: PEER, path: Path::Direct { socket: SocketId::V4, remote: REMOTE } },
+        Update::Mtu { peer: PEER, size: 1420, settled: true },
     ]
 }
 
