@@ -69,11 +69,12 @@ impl Fit {
                 Err(_) => Fitted::Refused(None),
             };
         }
-        if packet.len() <= usize::from(BASE) {
-            return Fitted::Whole;
-        }
+        // Fragments stay together on the direct path, also the last one, which the relay would take.
         if let Some(fragments) = fragment::fragments(packet, longest) {
             return Fitted::Pieces(Pieces::Fragments(fragments, &mut self.scratch));
+        }
+        if packet.len() <= usize::from(BASE) {
+            return Fitted::Whole;
         }
         let told = self.may_tell(now).then(|| ip::packet_too_big(packet, limit.max(BASE))).flatten();
         Fitted::Refused(told)
