@@ -578,8 +578,11 @@ impl PortMapper {
     /// PCP and NAT-PMP are spoken by the same server.
     fn hear_epoch(&mut self, epoch_s: u32, now: Now) {
         let lost = self.epoch.is_some_and(|(before, at)| is_reset(before, epoch_s, now.since(at)));
-        if lost && self.event_at.is_some_and(|at| now.since(at) < EVENT_GAP) {
-            // Remembering the old one lets the next answer show it again.
+        if lost && let Some(event_at) = self.event_at.filter(|at| now.since(*at) < EVENT_GAP) {
+            // Not so soon after the last event. The old epoch is remembered, so that the answer to a check shows it again.
+            if let Some(grant) = &mut self.grant {
+                grant.check_at = grant.check_at.min(event_at + EVENT_GAP);
+            }
             return;
         }
         self.epoch = Some((epoch_s, now));

@@ -361,6 +361,20 @@ fn a_router_that_rebooted_is_noticed_by_its_epoch() {
 }
 
 #[test]
+fn a_reboot_right_after_another_event_is_noticed_soon_too() {
+    let mut rig = rig(speaks(true, false, false));
+    rig.run_for(MINUTE);
+    rig.machine.nudge(rig.now);
+    rig.run_for(Duration::from_secs(1));
+    rig.router.reboot(rig.now);
+    let announcement = [2, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    rig.machine.handle_datagram((ROUTER, pcp::SERVER_PORT).into(), &announcement, rig.now);
+    assert_eq!(rig.router.mappings.len(), 0);
+    rig.run_for(EVENT_GAP);
+    assert_eq!(rig.router.mappings.len(), 1);
+}
+
+#[test]
 fn a_new_address_outside_is_told() {
     let mut rig = rig(speaks(false, true, false));
     rig.run_for(MINUTE);
