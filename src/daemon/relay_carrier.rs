@@ -93,6 +93,10 @@ impl Driver {
             if carries != carried {
                 carried = carries;
                 tracing::info!(carrier = ?carries, "what carries relayed packets changed");
+                // What was sent by the other carrier just now may be lost: a call is repeated at once.
+                if carries.is_some() && self.planner.send(Input::RelayUp).await.is_err() {
+                    return;
+                }
             }
             for output in outputs {
                 if !self.carry_out(output).await {

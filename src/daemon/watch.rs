@@ -83,18 +83,24 @@ impl NetworkWatch {
                     if last.as_ref() != Some(&seen) {
                         let (addresses, _) = &seen;
                         self.known.around.lock().1 = addresses.iter().map(|a| a.ip).collect();
-                        let input = match &last {
-                            Some((before, _)) if before == addresses => Input::NetworkChanged,
-                            _ => Input::Addresses(addresses.clone()),
-                        };
+                        let mut inputs = Vec::new();
+                        if last.as_ref().is_none_or(|(before, _)| before != addresses) {
+                            inputs.push(Input::Addresses(addresses.clone()));
+                        }
+                        // To the planner some of the addresses that come and go are all the same; another way out never is.
+                        if last.as_ref().is_some_and(|(_, before)| *before != seen.1) {
+                            inputs.push(Input::NetworkChanged);
+                        }
                         if last.is_some() {
                             tracing::info!("the machine's addresses or ways out changed");
                             // The relay first: the planner is about to need it.
                             self.nudge.iter().for_each(|bell| bell.notify_one());
                             self.check.notify_one();
                         }
-                        if self.inputs.send(input).await.is_err() {
-                            return;
+                        for input in inputs {
+                            if self.inputs.send(input).await.is_err() {
+                                return;
+                            }
                         }
                         last = Some(seen);
                     }
