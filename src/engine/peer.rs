@@ -91,6 +91,11 @@ impl Peer {
         Traffic::stamp(&self.traffic.last_tx).max(Traffic::stamp(&self.traffic.last_rx))
     }
 
+    /// When data last came from it, either way.
+    pub(crate) fn last_heard(&self) -> Option<Now> {
+        Traffic::stamp(&self.traffic.last_rx)
+    }
+
     pub(crate) fn stamps(&self) -> Stamps {
         Stamps {
             last_tx: Traffic::stamp(&self.traffic.last_tx),

@@ -347,6 +347,8 @@ impl Planner {
 
     fn presence(&mut self, full: bool, online: &[WgKey], offline: &[WgKey]) {
         let now = self.now;
+        let unknown = online.iter().filter(|key| !self.by_wg.contains_key(key)).count();
+        tracing::debug!(full, online = online.len(), offline = offline.len(), unknown, "presence");
         if full {
             let here: BTreeSet<&WgKey> = online.iter().collect();
             for peer in self.peers.iter_mut().flatten().filter(|p| !here.contains(&p.wg)) {

@@ -75,7 +75,8 @@ impl Planner {
             there: told.map(|a| Side { nat: a.theirs.clone(), evidence: a.their_evidence }),
             coordinator: self.control.connected,
             online: (peer.online && self.control.connected) || heard_lately(peer, now),
-            offline_for: peer.gone_since.map(|at| now.since(at)),
+            // One that came and went between two words of the coordinator was heard of itself, perhaps.
+            offline_for: peer.gone_since.or_else(|| peer.last_heard()).map(|at| now.since(at)),
             handshake_for: talk.and_then(|t| t.handshake).map(|h| now.since(h.began)),
             attempt: agent.map_or(Attempt::Waiting, |a| a.attempt()),
             failures: agent.map_or(0, |a| a.failures()),

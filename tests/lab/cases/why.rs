@@ -8,7 +8,7 @@ use meshd::wire::local::PeerWhy;
 
 use crate::net::{self, Topology, two_homes};
 use crate::runner::{Case, case};
-use crate::world::{Node, ensure, error_of, eventually};
+use crate::world::{Node, ensure, error_of, eventually, let_pass};
 
 pub fn cases() -> Vec<Case> {
     vec![
@@ -139,6 +139,8 @@ fn down_or_removed() -> Result<()> {
     let lab = net::public()?;
     let nodes = lab.join()?;
     nodes[0].ping_until_direct("b")?;
+    // The coordinator tells who came and went every 250 ms, and of one that did both in between nothing.
+    let_pass(Duration::from_millis(500));
     nodes[1].run(&["down"])?;
     will_say(&nodes[0], "b", "peer-offline", &["b is not connected to the coordinator for", "start b"])?;
     nodes[0].run(&["remove", "c"])?;
