@@ -75,14 +75,20 @@ pub(super) fn orders(own: &Options) -> Result<Option<(Options, UnixStream)>, Pro
         return Ok(None);
     }
     let path = door_path(&own.state_dir);
-    // Nobody waits: the machine was booted, or the service restarted.
-    let Ok(stream) = UnixStream::connect(&path) else { return Ok(None) };
+    let Ok(stream) = UnixStream::connect(&path) else {
+        // Nobody waits: the machine was booted, or the service restarted. A socket left by a command that was killed would
+        // have systemd start the service at every boot, network or not.
+        let _ = fs::remove_file(&path);
+        return Ok(None);
+    };
     if !same_user(&stream) {
         return Err(bad_orders(&"the command belongs to another user"));
     }
     let read = || -> io::Result<Zeroizing<Vec<u8>>> {
         let mut orders = Zeroizing::new(Vec::new());
         stream.set_read_timeout(Some(ORDERS_PATIENCE))?;
+        // What is answered later is a few lines; a command that is stopped must not stop the node.
+        stream.set_write_timeout(Some(ORDERS_PATIENCE))?;
         (&stream).take(ORDERS_LIMIT).read_to_end(&mut orders)?;
         Ok(orders)
     };

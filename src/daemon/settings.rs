@@ -207,7 +207,7 @@ impl SettingsDesk {
         if settings == kept.settings && trial.is_none() {
             return Ok(());
         }
-        let before = kept.trial.take().map_or_else(|| kept.settings.clone(), |trial| trial.before);
+        let before = kept.trial.as_ref().map_or(&kept.settings, |trial| &trial.before).clone();
         let until = |seconds| clock::wall().saturating_add(seconds);
         // A second trial goes back to what was before the first; a change that is meant to stay ends it.
         let trial = trial.map(|seconds| Trial { before, until: until(seconds) });

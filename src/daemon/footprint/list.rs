@@ -27,7 +27,7 @@ impl Entry {
             Change::Rule(_) => "rule",
             Change::NftTable { .. } => "nft-table",
             Change::NftRules { .. } => "nft-rules",
-            Change::Resolvconf { .. } | Change::ResolvConf { .. } => "dns",
+            Change::ResolvconfEntry { .. } | Change::ResolvConfFile { .. } => "dns",
             Change::Sysctl { .. } => "sysctl",
         };
         Self { kind, text: change.text() }

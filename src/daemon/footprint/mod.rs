@@ -58,12 +58,14 @@ pub enum Change {
         comment: String,
     },
     /// An entry in resolvconf's list.
-    Resolvconf {
+    #[serde(rename = "resolvconf")]
+    ResolvconfEntry {
         /// Its name.
         entry: String,
     },
     /// The file that says whom this machine asks for names.
-    ResolvConf {
+    #[serde(rename = "resolv-conf")]
+    ResolvConfFile {
         /// Where.
         path: PathBuf,
         /// What was there.
@@ -91,8 +93,8 @@ impl Change {
             Self::NftRules { family, table, chain, comment } => {
                 format!("rules with the comment {comment:?} in {family} {table} {chain}")
             }
-            Self::Resolvconf { entry } => format!("entry {entry} in resolvconf"),
-            Self::ResolvConf { path, .. } => format!("{} (what was there is kept)", path.display()),
+            Self::ResolvconfEntry { entry } => format!("entry {entry} in resolvconf"),
+            Self::ResolvConfFile { path, .. } => format!("{} (what was there is kept)", path.display()),
             Self::Sysctl { name, before, set } => format!("{name} = {set} (was {before})"),
         }
     }

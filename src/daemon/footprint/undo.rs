@@ -43,8 +43,8 @@ async fn undo_one(change: &Change, netlink: &Netlink) -> Result<(), String> {
         Change::NftRules { family, table, chain, comment } => {
             nft::remove_rules(family, table, chain, comment).await.map_err(|p| p.text)
         }
-        Change::Resolvconf { entry } => names::system::remove_entry(entry).await.map_err(|p| p.text),
-        Change::ResolvConf { path, before } => names::system::put_back(path, before).map_err(|p| p.text),
+        Change::ResolvconfEntry { entry } => names::system::remove_entry(entry).await.map_err(|p| p.text),
+        Change::ResolvConfFile { path, before } => names::system::put_back(path, before).map_err(|p| p.text),
         Change::Sysctl { name, before, set } => sysctl::put_back(name, before, set).map_err(shown),
     }
 }

@@ -146,7 +146,7 @@ impl System {
         if resolv_conf::servers(&text, None).contains(&IpAddr::V4(local)) {
             return Ok(());
         }
-        self.journal.about_to(&Change::Resolvconf { entry: ENTRY.to_owned() })?;
+        self.journal.about_to(&Change::ResolvconfEntry { entry: ENTRY.to_owned() })?;
         run("resolvconf", &["-a", ENTRY], &format!("nameserver {local}\nsearch {}\n", self.domain)).await
     }
 
@@ -163,11 +163,11 @@ impl System {
             return Ok(());
         }
         // A DHCP client has written it anew: that is now what was there before.
-        for change in self.journal.changes().iter().filter(|change| matches!(change, Change::ResolvConf { .. })) {
+        for change in self.journal.changes().iter().filter(|change| matches!(change, Change::ResolvConfFile { .. })) {
             self.journal.undone(change);
         }
         let before = resolv_conf::look(path).map_err(failed)?;
-        self.journal.about_to(&Change::ResolvConf { path: path.to_owned(), before })?;
+        self.journal.about_to(&Change::ResolvConfFile { path: path.to_owned(), before })?;
         resolv_conf::put(path, &resolv_conf::with_ours(&now, local, &self.domain)).map_err(failed)
     }
 
@@ -181,8 +181,8 @@ impl System {
             Some(Way::Resolvconf | Way::File) => {
                 for change in self.journal.changes() {
                     let undone = match &change {
-                        Change::Resolvconf { entry } => remove_entry(entry).await,
-                        Change::ResolvConf { path, before } => put_back(path, before),
+                        Change::ResolvconfEntry { entry } => remove_entry(entry).await,
+                        Change::ResolvConfFile { path, before } => put_back(path, before),
                         _ => continue,
                     };
                     match undone {

@@ -70,7 +70,7 @@ impl Router {
         );
         let forwarding = self.forward(&leading, around);
         self.report("forwarding", forwarding);
-        match blocked_by_old_tables() {
+        match blocked_by_old_tables(&self.interface) {
             Ok(()) => self.health.clear("forwarding-blocked"),
             Err(why) => self.health.set("forwarding-blocked", Severity::Info, why.text, why.hint),
         }
@@ -95,7 +95,10 @@ impl Router {
                 Change::Sysctl { name, before, set } => {
                     sysctl::put_back(name, before, set).map_err(|e| problem("forwarding", e.to_string(), ""))
                 }
-                Change::RouteTable { .. } | Change::Rule(_) | Change::Resolvconf { .. } | Change::ResolvConf { .. } => {
+                Change::RouteTable { .. }
+                | Change::Rule(_)
+                | Change::ResolvconfEntry { .. }
+                | Change::ResolvConfFile { .. } => {
                     continue;
                 }
             };
@@ -260,7 +263,7 @@ fn closed(barrier: &Barrier, interface: &str, why: &Problem) -> Problem {
 }
 
 /// Rules of the old kind (iptables-legacy) are not seen by nft.
-fn blocked_by_old_tables() -> Result<(), Problem> {
+fn blocked_by_old_tables(interface: &str) -> Result<(), Problem> {
     let has_filter = |path: &str| std::fs::read_to_string(path).is_ok_and(|t| t.lines().any(|line| line == "filter"));
     if !has_filter("/proc/net/ip_tables_names") && !has_filter("/proc/net/ip6_tables_names") {
         return Ok(());
@@ -268,6 +271,9 @@ fn blocked_by_old_tables() -> Result<(), Problem> {
     Err(problem(
         "forwarding-blocked",
         "this machine has rules of iptables-legacy, which may drop what is forwarded",
-        "`sudo iptables-legacy -S FORWARD`; if its policy is DROP: `sudo iptables-legacy -I FORWARD -i mesh0 -j ACCEPT` and the same with -o",
+        format!(
+            "`sudo iptables-legacy -S FORWARD`; if its policy is DROP: `sudo iptables-legacy -I FORWARD -i {interface} -j ACCEPT` \
+             and the same with -o"
+        ),
     ))
 }
