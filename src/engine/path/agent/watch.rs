@@ -4,6 +4,23 @@ use rand::Rng;
 
 use super::*;
 
+/// Silence after which a path that carries our data is asked, in multiples of its round trip and at least.
+const QUIET_RTTS: u32 = 3;
+const QUIET_MIN: Duration = Duration::from_millis(300);
+/// Packets on the relay when a path is chosen have arrived after this time.
+const UNDER_WAY: Duration = Duration::from_millis(500);
+/// Another path must be better by both of these to take over (hysteresis).
+const BETTER_BY: Duration = Duration::from_millis(5);
+const BETTER_PERCENT: u32 = 10;
+/// Other paths that answered once are measured again this often while one is in use (nat.md 5.7).
+const REVIEW: Duration = Duration::from_secs(60);
+/// So many of them.
+const REVIEWED: usize = 4;
+/// A path in use for longer than this is left for a better one only after so many measurements, so far apart.
+const SETTLED: Duration = Duration::from_secs(3);
+const WINS: u8 = 3;
+const WIN_GAP: Duration = Duration::from_millis(500);
+
 /// Whether anything came by the relay after that, first or as a copy.
 fn is_relayed_since(stamps: &Stamps, since: Now) -> bool {
     stamps.last_rx_relay.max(stamps.last_copy_relay).is_some_and(|rx| rx > since)
