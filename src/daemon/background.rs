@@ -213,7 +213,25 @@ fn wait(
 ) -> Result<UpReport, Problem> {
     let log = format!("the log is {}", state_dir.join("meshd.log").display());
     let Some(stdout) = child.stdout.take() else { return Err(problem("daemon", "the daemon has no output", log)) };
-    let mut lines = Lines::new(stdout);
+    follow(stdout, deadline, timeout, &log, |stage| {
+        let status = child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+        let said = last_words(&state_dir.join("meshd.log"), log_from);
+        format!("the daemon ended while {stage} ({status}){said}")
+    })
+}
+
+/// Follows a start by its lines, until it is over or its time is. `ended` words the end of the lines before that.
+///
+/// # Errors
+/// What the daemon says, its end, or the end of the time; `log` says where to read more.
+pub(super) fn follow<R: Read + AsFd>(
+    from: R,
+    deadline: Now,
+    timeout: Duration,
+    log: &str,
+    ended: impl FnOnce(&str) -> String,
+) -> Result<UpReport, Problem> {
+    let mut lines = Lines::new(from);
     let mut outcome = Outcome::default();
     loop {
         match lines.next(deadline) {
@@ -222,22 +240,14 @@ fn wait(
                     return result;
                 }
             }
-            Next::Timeout => return Err(outcome.timeout(timeout, &log)),
-            Next::End => {
-                let status = child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
-                let said = last_words(&state_dir.join("meshd.log"), log_from);
-                return Err(problem(
-                    "daemon",
-                    format!("the daemon ended while {} ({status}){said}", outcome.stage()),
-                    log,
-                ));
-            }
+            Next::Timeout => return Err(outcome.timeout(timeout, log)),
+            Next::End => return Err(problem("daemon", ended(&outcome.stage), log)),
         }
     }
 }
 
 /// What is known so far of a start, from its lines.
-pub(super) struct Outcome {
+struct Outcome {
     stage: String,
 }
 
@@ -248,13 +258,8 @@ impl Default for Outcome {
 }
 
 impl Outcome {
-    /// What the daemon was doing when it was last heard of.
-    pub(super) fn stage(&self) -> &str {
-        &self.stage
-    }
-
     /// Takes a line in; a result if it was the last.
-    pub(super) fn hear(&mut self, line: Line) -> Option<Result<UpReport, Problem>> {
+    fn hear(&mut self, line: Line) -> Option<Result<UpReport, Problem>> {
         match line {
             Line::Stage(now) => {
                 self.stage = now;
@@ -266,7 +271,7 @@ impl Outcome {
     }
 
     /// The time is up.
-    pub(super) fn timeout(&self, timeout: Duration, log: &str) -> Problem {
+    fn timeout(&self, timeout: Duration, log: &str) -> Problem {
         problem(
             "timeout",
             format!("the node was not up within {timeout:?}; it was still {}", self.stage),
@@ -276,24 +281,24 @@ impl Outcome {
 }
 
 /// Lines of JSON from a pipe or a socket, with a deadline.
-pub(super) struct Lines<R> {
+struct Lines<R> {
     from: Option<R>,
     buffer: Vec<u8>,
 }
 
 /// What came next.
-pub(super) enum Next {
+enum Next {
     Line(Line),
     Timeout,
     End,
 }
 
 impl<R: Read + AsFd> Lines<R> {
-    pub(super) const fn new(from: R) -> Self {
+    const fn new(from: R) -> Self {
         Self { from: Some(from), buffer: Vec::new() }
     }
 
-    pub(super) fn next(&mut self, deadline: Now) -> Next {
+    fn next(&mut self, deadline: Now) -> Next {
         loop {
             if let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();

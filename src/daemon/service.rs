@@ -20,7 +20,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-use crate::daemon::background::{Lines, Next, Outcome};
+use crate::daemon::background::follow;
 use crate::daemon::{Options, UpReport, problem};
 use crate::os::{clock, process};
 use crate::time::Now;
@@ -58,7 +58,11 @@ pub(super) fn hand_over(options: &Options, deadline: Now, timeout: Duration) -> 
     systemctl(&["start", "--no-block", UNIT]).map_err(|why| {
         problem("service", format!("systemd does not start {UNIT}: {why}"), "see `systemctl status meshd`")
     })?;
-    let result = door.serve(options, deadline).and_then(|stream| outcome(stream, deadline, timeout));
+    let result = door.serve(options, deadline).and_then(|stream| {
+        follow(stream, deadline, timeout, "the log is in `journalctl -u meshd`", |stage| {
+            format!("the service ended while {stage}")
+        })
+    });
     if result.is_err() {
         let _ = systemctl(&["stop", UNIT]);
     }
@@ -191,25 +195,6 @@ fn door_path(state_dir: &Path) -> PathBuf {
 
 fn same_user(stream: &UnixStream) -> bool {
     getsockopt(stream, sockopt::PeerCredentials).is_ok_and(|peer| peer.uid() == process::effective_uid())
-}
-
-fn outcome(stream: UnixStream, deadline: Now, timeout: Duration) -> Result<UpReport, Problem> {
-    const LOG: &str = "the log is in `journalctl -u meshd`";
-    let mut outcome = Outcome::default();
-    let mut lines = Lines::new(stream);
-    loop {
-        match lines.next(deadline) {
-            Next::Line(line) => {
-                if let Some(result) = outcome.hear(line) {
-                    return result;
-                }
-            }
-            Next::Timeout => return Err(outcome.timeout(timeout, LOG)),
-            Next::End => {
-                return Err(problem("daemon", format!("the service ended while {}", outcome.stage()), LOG));
-            }
-        }
-    }
 }
 
 fn systemctl(args: &[&str]) -> Result<(), String> {

@@ -202,7 +202,7 @@ impl SettingsDesk {
         planner: &mut Planner,
         now: Now,
     ) -> Result<(), Problem> {
-        let mut kept = self.kept.lock();
+        let kept = self.kept.lock().clone();
         let settings = kept.settings.with(change, planner)?;
         if settings == kept.settings && trial.is_none() {
             return Ok(());
@@ -211,8 +211,8 @@ impl SettingsDesk {
         let until = |seconds| clock::wall().saturating_add(seconds);
         // A second trial goes back to what was before the first; a change that is meant to stay ends it.
         let trial = trial.map(|seconds| Trial { before, until: until(seconds) });
-        self.keep(&mut kept, Kept { v: 1, settings, trial })?;
-        planner.handle(Input::Routes(kept.settings.wish()), now);
+        let settings = self.keep(Kept { v: 1, settings, trial })?;
+        planner.handle(Input::Routes(settings.wish()), now);
         Ok(())
     }
 
@@ -221,21 +221,23 @@ impl SettingsDesk {
     /// # Errors
     /// The disk does not take it.
     pub(super) fn confirm(&self) -> Result<bool, Problem> {
-        let mut kept = self.kept.lock();
-        let next = Kept { trial: None, ..kept.clone() };
+        let kept = self.kept.lock().clone();
         let there_was = kept.trial.is_some();
-        self.keep(&mut kept, next)?;
+        self.keep(Kept { trial: None, ..kept })?;
         Ok(there_was)
     }
 
-    fn keep(&self, kept: &mut Kept, next: Kept) -> Result<(), Problem> {
-        if next != *kept {
+    /// Only the control thread makes changes, so nothing comes between what it read and what it writes; the lock is not
+    /// held while the disk is waited for.
+    fn keep(&self, next: Kept) -> Result<Settings, Problem> {
+        let settings = next.settings.clone();
+        if next != *self.kept.lock() {
             self.file.keep(&next)?;
-            *kept = next;
-            self.changed.send_replace(kept.settings.clone());
+            *self.kept.lock() = next;
+            self.changed.send_replace(settings.clone());
             self.trial.notify_one();
         }
-        Ok(())
+        Ok(settings)
     }
 
     /// Takes back what is not confirmed in time. Runs until it is aborted.
@@ -267,11 +269,11 @@ impl SettingsDesk {
     }
 
     fn take_back(&self, planner: &mut Planner, now: Now) -> Result<(), Problem> {
-        let mut kept = self.kept.lock();
-        let Some(trial) = kept.trial.clone().filter(|trial| trial.until <= clock::wall()) else { return Ok(()) };
+        let trial = self.kept.lock().trial.clone();
+        let Some(trial) = trial.filter(|trial| trial.until <= clock::wall()) else { return Ok(()) };
         tracing::warn!("the settings were not confirmed in time; they are as before again");
-        self.keep(&mut kept, Kept { v: 1, settings: trial.before, trial: None })?;
-        planner.handle(Input::Routes(kept.settings.wish()), now);
+        let settings = self.keep(Kept { v: 1, settings: trial.before, trial: None })?;
+        planner.handle(Input::Routes(settings.wish()), now);
         Ok(())
     }
 

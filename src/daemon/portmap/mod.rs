@@ -104,6 +104,7 @@ pub(super) fn start(
         own_interface,
         netlink: Netlink::connect()?,
         gateway: None,
+        mapped: false,
         sockets: None,
         open_at: None,
         jobs: JoinSet::new(),
@@ -125,6 +126,8 @@ struct Task {
     own_interface: u32,
     netlink: Netlink,
     gateway: Option<Gateway>,
+    /// Whether there was a mapping when last heard of one.
+    mapped: bool,
     sockets: Option<Sockets>,
     /// Sockets that could not be opened are tried again then.
     open_at: Option<Now>,
@@ -274,8 +277,10 @@ impl Task {
                         Some(m) => {
                             tracing::info!(protocol = m.protocol, external = %m.external, "the router maps our port")
                         }
-                        None => tracing::info!("the router no longer maps our port"),
+                        None if self.mapped => tracing::info!("the router no longer maps our port"),
+                        None => tracing::debug!("the router maps no port"),
                     }
+                    self.mapped = mapping.is_some();
                     if self.inputs.send(Input::PortMapped(mapping)).await.is_err() {
                         return false;
                     }
