@@ -26,6 +26,7 @@
 mod cases;
 mod flow;
 mod home_router;
+mod machine;
 mod nats;
 mod net;
 mod packets;

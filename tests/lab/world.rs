@@ -374,7 +374,9 @@ pub fn error_of(output: &Output) -> Result<Value> {
 pub fn print_logs() {
     let mut logs: Vec<PathBuf> = vec![Path::new(HOME).join("coordinator.log")];
     if let Ok(entries) = fs::read_dir(HOME) {
-        logs.extend(entries.filter_map(Result::ok).map(|entry| entry.path().join("meshd.log")));
+        for entry in entries.filter_map(Result::ok) {
+            logs.extend(["meshd.log", "meshd/meshd.log"].map(|log| entry.path().join(log)));
+        }
     }
     for log in logs {
         let Ok(text) = fs::read_to_string(&log) else { continue };

@@ -6,6 +6,7 @@ mod crowd;
 mod daemon;
 mod demonstration;
 mod footprint;
+mod guides;
 mod hard;
 mod healing;
 mod interop;
@@ -19,6 +20,7 @@ mod proxy;
 mod relay;
 mod routes;
 mod secrecy;
+mod services;
 mod stun;
 mod why;
 
@@ -37,6 +39,8 @@ pub fn all() -> Vec<Case> {
     cases.extend(crowd::cases());
     cases.extend(daemon::cases());
     cases.extend(routes::cases());
+    cases.extend(services::cases());
+    cases.extend(guides::cases());
     cases.extend(footprint::cases());
     cases.extend(coordinator::cases());
     cases.extend(secrecy::cases());
