@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 use ed25519_dalek::SigningKey;
 use meshd::trust::advert::{Advert, SignedAdvert};
 use meshd::trust::founding::{
-    admin_record, invite_key, member_record, network_id, revoke_record, route_grant_record, route_revoke_record,
+    admin_record, dns_name_record, dns_split_record, invite_key, member_record, network_id, revoke_record,
+    route_alias_record, route_grant_record, route_revoke_record,
 };
 use meshd::trust::keys::{NodeKeys, Secret32};
 use meshd::trust::ledger::{Judge, Ledger};
@@ -117,6 +118,8 @@ fn records() -> Vec<(&'static str, SignedRecord)> {
         i.routes = vec!["192.168.1.0/24".parse().unwrap(), "2001:db8:1::/48".parse().unwrap()];
         i.admin = true;
     });
+    let both = vec![[192, 168, 1, 10].into(), "2001:db8:1::10".parse().unwrap()];
+    let lan = "192.168.1.0/24".parse().unwrap();
     vec![
         ("genesis", home.genesis()),
         ("admin", home.admin()),
@@ -127,6 +130,11 @@ fn records() -> Vec<(&'static str, SignedRecord)> {
         ("route-revoke", route_revoke_record(&admin, network, who, "192.168.1.0/24".parse().unwrap(), NOW + 1)),
         ("revoke-identity", revoke_record(&admin, network, RevokeTarget::Identity(who), NOW)),
         ("revoke-invite", revoke_record(&admin, network, RevokeTarget::Invite(invite_key(&home.invite)), NOW)),
+        ("dns-name", dns_name_record(&admin, network, "nas.home", both, Some(who), NOW)),
+        ("dns-name-gone", dns_name_record(&admin, network, "nas.home", Vec::new(), None, NOW + 1)),
+        ("dns-split", dns_split_record(&admin, network, "corp.example", vec![[10, 0, 0, 53].into()], None, NOW)),
+        ("route-alias", route_alias_record(&admin, network, who, lan, Some("100.99.1.0/24".parse().unwrap()), NOW)),
+        ("route-alias-gone", route_alias_record(&admin, network, who, lan, None, NOW + 1)),
     ]
 }
 

@@ -10,6 +10,7 @@ mod client;
 mod completions;
 pub mod coordinator;
 pub mod demo;
+mod dns;
 mod down;
 mod duration;
 pub mod error;
@@ -133,6 +134,8 @@ pub enum Command {
     Remove(remove::Args),
     /// List the subnets behind nodes, and say which node may lead to which (admin nodes only)
     Routes(routes::Args),
+    /// List the names besides those of nodes, and give names addresses (admin nodes only)
+    Dns(dns::Args),
     /// Show or change what this node is set up to do: routes, exit node
     Set(set::Args),
     /// List what meshd changed on this machine, or undo what a killed daemon left
@@ -203,6 +206,7 @@ fn dispatch(cli: &Cli) -> Result<(), CliError> {
         Command::Invite(args) => invite::run(args, global),
         Command::Remove(args) => remove::run(args, global),
         Command::Routes(args) => routes::run(args, global),
+        Command::Dns(args) => dns::run(args, global),
         Command::Set(args) => set::run(args, global),
         Command::Footprint(args) => footprint::run(args, global),
         Command::Coordinator(args) => coordinator::run(args, global),

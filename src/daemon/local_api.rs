@@ -37,8 +37,8 @@ use crate::trust::record::{RevokeTarget, SignedRecord};
 use crate::trust::token::InviteToken;
 use crate::wire::keys::ControlKey;
 use crate::wire::local::{
-    Call, CounterValue, CounterValues, DropCount, MAX_REQUEST, PathKind, PeerWhy, Pong, Problem, Removed, Request,
-    Response, RouteChange, RouteList, Status, TokenReply,
+    Call, CounterValue, CounterValues, DnsChanges, DnsWord, DropCount, MAX_DNS_WORDS, MAX_REQUEST, PathKind, PeerWhy,
+    Pong, Problem, Removed, Request, Response, RouteChange, RouteList, Status, TokenReply,
 };
 use crate::wire::version;
 
@@ -371,6 +371,14 @@ impl Api {
                 let change = self.route_word(peer, prefix.trunc(), allow).await?;
                 out.write(&Response::RouteChanged(change)).await?;
             }
+            Call::Dns => {
+                let list = self.planner.with(|planner, _| planner.dns_list()).await?;
+                out.write(&Response::Dns(list)).await?;
+            }
+            Call::DnsWords { words, at, anyway } => {
+                let changes = self.dns_words(words, at, anyway).await?;
+                out.write(&Response::DnsChanged(changes)).await?;
+            }
             Call::Drops => {
                 let counts = Drop::ALL.iter().map(|why| DropCount {
                     reason: why.name().to_owned(),
@@ -530,6 +538,24 @@ impl Api {
             self.publish(vec![record]).await?;
         }
         Ok(change)
+    }
+
+    async fn dns_words(&self, words: Vec<DnsWord>, at: Option<String>, anyway: bool) -> Result<DnsChanges, Problem> {
+        if words.len() > MAX_DNS_WORDS {
+            return Err(problem("usage", format!("more than {MAX_DNS_WORDS} names in one call"), "give fewer at once"));
+        }
+        let made: Result<_, Problem> = self
+            .planner
+            .with(move |planner, _| {
+                as_admin(planner)?;
+                planner.dns_words(&words, at.as_deref(), anyway, clock::wall())
+            })
+            .await?;
+        let (records, changes) = made?;
+        if !records.is_empty() {
+            self.publish(records).await?;
+        }
+        Ok(DnsChanges { schema: version::LOCAL, changes })
     }
 
     /// Waits until the coordinator has stored the records. If the link breaks before the answer, asks again when it is

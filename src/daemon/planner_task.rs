@@ -327,7 +327,7 @@ impl Driver {
             }
             Event::Synced => tracing::info!("the coordinator's log is read completely"),
             Event::Expelled => tracing::warn!("this node was removed from its network"),
-            Event::Pong { .. } | Event::Published { .. } => {}
+            Event::Pong { .. } | Event::Published { .. } | Event::NamesChanged => {}
         }
         // Nobody may be listening.
         let _ = self.events.send(event);

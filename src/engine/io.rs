@@ -364,4 +364,6 @@ pub enum Event {
     },
     /// This node was revoked: it must stop.
     Expelled,
+    /// What an admin gave names, or who answers for a domain, has changed.
+    NamesChanged,
 }

@@ -407,7 +407,11 @@ fn ping_reports_the_path_it_took() {
         .iter()
         .filter_map(|e| match e {
             Event::Pong { pong, .. } => Some(pong.path),
-            Event::Published { .. } | Event::Synced | Event::PathChanged { .. } | Event::Expelled => None,
+            Event::Published { .. }
+            | Event::Synced
+            | Event::PathChanged { .. }
+            | Event::Expelled
+            | Event::NamesChanged => None,
         })
         .collect();
     assert_eq!(kinds, [PathKind::Relay, PathKind::Direct]);

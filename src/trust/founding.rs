@@ -2,7 +2,7 @@
 //!
 //! Nothing here judges: what is made from wrong arguments is refused by every [`crate::trust::ledger::Ledger`].
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ed25519_dalek::SigningKey;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -12,7 +12,8 @@ use crate::time::UnixSeconds;
 use crate::trust::keys::{NodeKeys, Secret32};
 use crate::trust::ledger::RECORD_VERSION;
 use crate::trust::record::{
-    Admin, Genesis, Invite, Member, Record, Revoke, RevokeTarget, RouteGrant, RouteRevoke, SignedRecord, member_ipv6,
+    Admin, DnsName, DnsSplit, Genesis, Invite, Member, Record, Revoke, RevokeTarget, RouteAlias, RouteGrant,
+    RouteRevoke, SignedRecord, member_ipv6,
 };
 use crate::wire::keys::{IdentityKey, InviteKey, NetworkId};
 
@@ -170,6 +171,49 @@ pub fn route_revoke_record(
 ) -> SignedRecord {
     let revoke = RouteRevoke { v: RECORD_VERSION, network, identity: who, prefix, created: now };
     SignedRecord::sign(&Record::RouteRevoke(revoke), signer)
+}
+
+/// Says what a name resolves to; no addresses: nothing any more. `signer` is an admin's identity key or the root key. `now`
+/// must be after what it replaces, see [`crate::trust::ledger::Ledger::dns_name_said_at`].
+#[must_use]
+pub fn dns_name_record(
+    signer: &SigningKey,
+    network: NetworkId,
+    name: &str,
+    addresses: Vec<IpAddr>,
+    at: Option<IdentityKey>,
+    now: UnixSeconds,
+) -> SignedRecord {
+    let record = DnsName { v: RECORD_VERSION, network, name: name.to_owned(), addresses, at, created: now };
+    SignedRecord::sign(&Record::DnsName(record), signer)
+}
+
+/// Says who answers for a domain; no servers: nobody any more. `now` as in [`dns_name_record`].
+#[must_use]
+pub fn dns_split_record(
+    signer: &SigningKey,
+    network: NetworkId,
+    domain: &str,
+    servers: Vec<IpAddr>,
+    at: Option<IdentityKey>,
+    now: UnixSeconds,
+) -> SignedRecord {
+    let record = DnsSplit { v: RECORD_VERSION, network, domain: domain.to_owned(), servers, at, created: now };
+    SignedRecord::sign(&Record::DnsSplit(record), signer)
+}
+
+/// Gives a prefix behind a node other numbers, or none any more. `now` as in [`dns_name_record`].
+#[must_use]
+pub fn route_alias_record(
+    signer: &SigningKey,
+    network: NetworkId,
+    who: IdentityKey,
+    prefix: IpNet,
+    alias: Option<IpNet>,
+    now: UnixSeconds,
+) -> SignedRecord {
+    let record = RouteAlias { v: RECORD_VERSION, network, identity: who, prefix, alias, created: now };
+    SignedRecord::sign(&Record::RouteAlias(record), signer)
 }
 
 #[cfg(test)]

@@ -4,20 +4,23 @@
 //! trace, and [`Ledger::truncate`] can take back the newest records exactly.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 
 use crate::time::UnixSeconds;
 use crate::trust::addresses::TakenAddresses;
+use crate::trust::ledger::newest::{Newest, Word};
 use crate::trust::names::numbered;
 use crate::trust::record::{Genesis, Invite, Member, RecordError, SignedRecord};
 use crate::wire::keys::{ControlKey, Digest32, IdentityKey, InviteKey, NetworkId, WgKey};
 
 mod effects;
+mod newest;
 mod rules;
+mod words;
 
-pub use rules::{is_sane_ipv4_range, is_ula_48};
+pub use rules::{is_one_machine, is_sane_ipv4_range, is_ula_48};
 
 /// The record format this program reads and writes.
 pub const RECORD_VERSION: u16 = 1;
@@ -94,6 +97,19 @@ pub enum Change {
     RouteGranted(IdentityKey),
     /// A prefix may not be announced any more.
     RouteRevoked(IdentityKey),
+    /// Something was said about a name, or about who answers for a domain.
+    NamesChanged,
+    /// Something was said about other numbers for a prefix behind this node.
+    AliasChanged(IdentityKey),
+}
+
+/// Addresses that an admin gave something, and the node behind which they are, if that was said.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Addresses {
+    /// At least one.
+    pub addresses: Vec<IpAddr>,
+    /// None: wherever they are reached.
+    pub at: Option<IdentityKey>,
 }
 
 /// Accepted records of one network, in the order accepted. Refused records leave no trace.
@@ -112,6 +128,9 @@ pub struct Ledger {
     nodes: BTreeMap<IdentityKey, Node>,
     revoked: BTreeMap<IdentityKey, usize>,
     grants: BTreeMap<IdentityKey, BTreeMap<IpNet, Said>>,
+    dns_names: Newest<String, Addresses>,
+    dns_splits: Newest<String, Addresses>,
+    aliases: Newest<(IdentityKey, IpNet), IpNet>,
     /// Keys ever used: they never change hands.
     wg: BTreeMap<WgKey, IdentityKey>,
     control: BTreeMap<ControlKey, IdentityKey>,
@@ -183,6 +202,9 @@ impl Ledger {
             nodes: BTreeMap::new(),
             revoked: BTreeMap::new(),
             grants: BTreeMap::new(),
+            dns_names: Newest::default(),
+            dns_splits: Newest::default(),
+            aliases: Newest::default(),
             wg: BTreeMap::new(),
             control: BTreeMap::new(),
             names: BTreeMap::new(),

@@ -89,6 +89,60 @@ pub fn nearest<'a>(wanted: &str, candidates: impl IntoIterator<Item = &'a str>) 
     best.map(|(_, candidate)| candidate)
 }
 
+/// The longest name, in characters without the final dot (RFC 1035 section 2.3.4).
+pub const MAX_NAME: usize = 253;
+
+/// Why text is not a name that an admin can give addresses or servers to.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DomainError {
+    /// One of its labels is none.
+    #[error("{0:?} is no part of a name: {1}")]
+    Label(String, NameError),
+    /// More than [`MAX_NAME`] characters.
+    #[error("a name has at most 253 characters")]
+    TooLong,
+    /// A single label: everybody's.
+    #[error("it needs at least two parts, with a dot between")]
+    OneLabel,
+    /// Machines do not ask DNS servers about it.
+    #[error(
+        "names that end in {0:?} have a meaning of their own on every machine, and DNS servers are not asked about them"
+    )]
+    Special(&'static str),
+}
+
+/// Ends of names that machines resolve by other means or not at all: RFC 6761, 6762, 7686; and reverse names, which follow
+/// from addresses.
+const SPECIAL: [&str; 5] = ["localhost", "local", "invalid", "onion", "arpa"];
+/// Under `arpa`, and for everybody's own use: RFC 8375.
+const HOME: &str = "home.arpa";
+
+/// Checks that `name` is a full name in lower case, without the final dot, that DNS servers are asked about.
+///
+/// # Errors
+/// The first thing that is wrong with it.
+pub fn domain_name(name: &str) -> Result<(), DomainError> {
+    if name.len() > MAX_NAME {
+        return Err(DomainError::TooLong);
+    }
+    for label in name.split('.') {
+        dns_label(label).map_err(|why| DomainError::Label(label.to_owned(), why))?;
+    }
+    let special = |end: &&&str| name == **end || is_below(name, end);
+    match SPECIAL.iter().find(special) {
+        Some(_) if is_below(name, HOME) => {}
+        Some(end) => return Err(DomainError::Special(end)),
+        None => {}
+    }
+    if name.contains('.') { Ok(()) } else { Err(DomainError::OneLabel) }
+}
+
+/// Whether `name` lies in `domain` and is not that itself. Both in lower case and without the final dot.
+#[must_use]
+pub fn is_below(name: &str, domain: &str) -> bool {
+    name.strip_suffix(domain).is_some_and(|rest| rest.len() > 1 && rest.ends_with('.'))
+}
+
 fn is_label_char(c: char) -> bool {
     c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'
 }
@@ -131,6 +185,26 @@ mod tests {
         assert_eq!(dns_label("naß"), Err(NameError::BadCharacter('ß')));
         assert_eq!(dns_label("-a"), Err(NameError::HyphenAtEnd));
         assert_eq!(dns_label("a-"), Err(NameError::HyphenAtEnd));
+    }
+
+    #[test]
+    fn whole_names_and_their_mistakes() {
+        let long = format!("{}.{}.{}.{}", "a".repeat(63), "b".repeat(63), "c".repeat(63), "d".repeat(61));
+        for good in ["nas.home", "web.site-1.corp.example", "nas.home.arpa", "github.com", "nolocal.mylocal", &long] {
+            assert_eq!(domain_name(good), Ok(()), "{good}");
+        }
+        assert_eq!(domain_name(&format!("{long}d")), Err(DomainError::TooLong));
+        assert_eq!(domain_name("nas"), Err(DomainError::OneLabel));
+        for (bad, why) in [("", NameError::Empty), ("a..b", NameError::Empty), ("nas.home.", NameError::Empty)] {
+            assert_eq!(domain_name(bad), Err(DomainError::Label(String::new(), why)), "{bad}");
+        }
+        let label = DomainError::Label("NAS".into(), NameError::BadCharacter('N'));
+        assert_eq!(domain_name("NAS.home"), Err(label));
+        for (special, end) in
+            [("nas.local", "local"), ("localhost", "localhost"), ("1.in-addr.arpa", "arpa"), ("home.arpa", "arpa")]
+        {
+            assert_eq!(domain_name(special), Err(DomainError::Special(end)), "{special}");
+        }
     }
 
     #[test]

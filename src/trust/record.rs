@@ -3,7 +3,7 @@
 //! A record is exact payload bytes (JSON text), the signer's public key, and a signature over a domain-separated prefix
 //! plus those bytes. Nothing is re-encoded: what was signed is what is stored and forwarded.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -18,6 +18,10 @@ const SIGN_DOMAIN: &[u8] = b"meshd record v1\0";
 const COUNTERSIGN_DOMAIN: &[u8] = b"meshd member countersign v1\0";
 /// The longest payload accepted, in bytes.
 pub const MAX_PAYLOAD: usize = 4096;
+/// The most addresses of a [`DnsName`].
+pub const MAX_DNS_ADDRESSES: usize = 16;
+/// The most servers of a [`DnsSplit`]: as many as a C library asks (resolv.conf(5), MAXNS).
+pub const MAX_DNS_SERVERS: usize = 3;
 
 /// A payload with its signature(s). Signatures are lower-case hexadecimal (128 digits) in JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,6 +55,12 @@ pub enum Record {
     RouteRevoke(RouteRevoke),
     /// Signed by an admin.
     Revoke(Revoke),
+    /// Signed by an admin.
+    DnsName(DnsName),
+    /// Signed by an admin.
+    DnsSplit(DnsSplit),
+    /// Signed by an admin.
+    RouteAlias(RouteAlias),
 }
 
 /// The network's unchanging facts.
@@ -164,6 +174,64 @@ pub struct RouteRevoke {
     pub identity: IdentityKey,
     /// The prefix, host bits zero.
     pub prefix: IpNet,
+    /// When.
+    pub created: UnixSeconds,
+}
+
+/// What a name resolves to that is no member's. Of all that was said about one name the newest `created` counts, whatever
+/// order it arrives in; at the same second, that there is none.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsName {
+    /// Record format version: 1.
+    pub v: u16,
+    /// The network.
+    pub network: NetworkId,
+    /// The whole name, see [`crate::trust::names::domain_name`].
+    pub name: String,
+    /// At most [`MAX_DNS_ADDRESSES`]; empty: there is no such name any more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
+    /// The node behind which the addresses are, where several nodes lead to the same numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<IdentityKey>,
+    /// When.
+    pub created: UnixSeconds,
+}
+
+/// Who answers questions about a domain and all names in it. The newest `created` counts, as with [`DnsName`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsSplit {
+    /// Record format version: 1.
+    pub v: u16,
+    /// The network.
+    pub network: NetworkId,
+    /// The domain, see [`crate::trust::names::domain_name`].
+    pub domain: String,
+    /// DNS servers, asked in this order; at most [`MAX_DNS_SERVERS`]; empty: it is nobody's any more.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub servers: Vec<IpAddr>,
+    /// The node behind which the servers are, where several nodes lead to the same numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<IdentityKey>,
+    /// When.
+    pub created: UnixSeconds,
+}
+
+/// Other numbers for a prefix behind a node, so that several networks with the same numbers are reached at once. The newest
+/// `created` for the node and the prefix counts, as with [`DnsName`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteAlias {
+    /// Record format version: 1.
+    pub v: u16,
+    /// The network.
+    pub network: NetworkId,
+    /// The node that leads to the prefix.
+    pub identity: IdentityKey,
+    /// The prefix as it is there, host bits zero.
+    pub prefix: IpNet,
+    /// A prefix of the same family and length, outside the mesh's own ranges; absent: there is none any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alias: Option<IpNet>,
     /// When.
     pub created: UnixSeconds,
 }

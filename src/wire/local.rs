@@ -14,7 +14,9 @@ use crate::wire::nat::{Mapper, PortModel, Seen};
 /// The longest line either side reads, in bytes.
 pub const MAX_LINE: usize = 64 << 20;
 /// The longest request line, in bytes.
-pub const MAX_REQUEST: usize = 64 << 10;
+pub const MAX_REQUEST: usize = 256 << 10;
+/// The most words on names in one call.
+pub const MAX_DNS_WORDS: usize = 128;
 
 /// One call.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -101,6 +103,40 @@ pub enum Call {
         /// True: it may lead there. False: not any more.
         allow: bool,
     },
+    /// Answered by one `dns`.
+    Dns,
+    /// An admin's words on names and domains; answered by one `dns-changed`. Only on an admin node.
+    DnsWords {
+        /// At most [`MAX_DNS_WORDS`]. All or none is done.
+        words: Vec<DnsWord>,
+        /// The node behind which the addresses are: name, mesh IP, or id prefix.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        at: Option<String>,
+        /// Also addresses that nobody leads to.
+        #[serde(default)]
+        anyway: bool,
+    },
+}
+
+/// What an admin says of a name or a domain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsWord {
+    /// Which of both.
+    pub kind: DnsKind,
+    /// A full name; of kind `name` also one label.
+    pub name: String,
+    /// Addresses, or servers; none: it has none any more.
+    pub addresses: Vec<IpAddr>,
+}
+
+/// What an admin can say something of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DnsKind {
+    /// A name that has addresses.
+    Name,
+    /// A domain that has servers.
+    Split,
 }
 
 /// One line of an answer.
@@ -129,6 +165,10 @@ pub enum Response {
     Routes(RouteList),
     /// An admin's word was stored, or was so already.
     RouteChanged(RouteChange),
+    /// The names document.
+    Dns(DnsList),
+    /// An admin's words were stored, or were so already.
+    DnsChanged(DnsChanges),
     /// The call is complete.
     Done,
     /// The call failed; nothing changed.
@@ -660,6 +700,62 @@ pub struct RouteChange {
     /// It was so before; nothing changed.
     pub already: bool,
     /// Something worth knowing, such as that the node does not advertise the prefix.
+    pub note: Option<String>,
+}
+
+/// `meshd dns list --json`, schema 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsList {
+    /// 1.
+    pub schema: u16,
+    /// Names that an admin gave addresses, by name.
+    pub names: Vec<DnsLine>,
+    /// Domains that an admin gave servers, by name.
+    pub splits: Vec<DnsLine>,
+}
+
+/// A name with its addresses, or a domain with its servers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsLine {
+    /// Which of both.
+    pub kind: DnsKind,
+    /// The full name.
+    pub name: String,
+    /// As the admin gave them.
+    pub addresses: Vec<IpAddr>,
+    /// The name of the node behind which they are, if the admin said.
+    pub at: Option<String>,
+    /// What this node answers, or whom it asks.
+    pub here: Vec<IpAddr>,
+    /// Why that is nothing, or another address.
+    pub why: Option<String>,
+}
+
+/// Admin's words on names and domains.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsChanges {
+    /// 1.
+    pub schema: u16,
+    /// One for each word, in order.
+    pub changes: Vec<DnsChange>,
+}
+
+/// One word on a name or a domain.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DnsChange {
+    /// Which of both.
+    pub kind: DnsKind,
+    /// The full name.
+    pub name: String,
+    /// What it has now; empty: nothing any more.
+    pub addresses: Vec<IpAddr>,
+    /// The name of the node behind which they are.
+    pub at: Option<String>,
+    /// It was so before; nothing changed.
+    pub already: bool,
+    /// It had others before.
+    pub replaced: bool,
+    /// Something worth knowing.
     pub note: Option<String>,
 }
 

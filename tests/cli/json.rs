@@ -7,10 +7,10 @@ use std::os::unix::net::UnixListener;
 use std::process::Output;
 
 use meshd::wire::local::{
-    CounterValue, CounterValues, DropCount, Health, Netcheck, NetcheckServer, PathKind, PeerWhy, Pong, PortMapper,
-    PortMapperProtocol, Problem, Punching, Removed, Request, Response, RouteChange, RouteLine, RouteList, RouteState,
-    SettingsDocument, Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer,
-    StatusSelf, TokenReply, WhyFound, WhySide,
+    CounterValue, CounterValues, DnsChange, DnsChanges, DnsKind, DnsLine, DnsList, DropCount, Health, Netcheck,
+    NetcheckServer, PathKind, PeerWhy, Pong, PortMapper, PortMapperProtocol, Problem, Punching, Removed, Request,
+    Response, RouteChange, RouteLine, RouteList, RouteState, SettingsDocument, Severity, Status, StatusCoordinator,
+    StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply, WhyFound, WhySide,
 };
 use meshd::wire::nat::{Mapper, PortModel, Seen};
 
@@ -268,6 +268,39 @@ fn ip_documents() {
     check("ip-by-id", &["ip", "-6", "bb22000000000003"], &answers);
     check("ip-ambiguous", &["ip", "bb22"], &answers);
     check("ip-unknown", &["ip", "nsa"], &answers);
+}
+
+#[test]
+fn dns_documents() {
+    let ips = |list: &[&str]| list.iter().map(|ip| ip.parse().unwrap()).collect::<Vec<_>>();
+    let line = |kind, name: &str, addresses: &[&str], at: Option<&str>, here: &[&str], why: Option<&str>| DnsLine {
+        kind,
+        name: name.to_owned(),
+        addresses: ips(addresses),
+        at: at.map(str::to_owned),
+        here: ips(here),
+        why: why.map(str::to_owned),
+    };
+    let names = vec![
+        line(DnsKind::Name, "nas.home", &["192.168.1.10", "fd00:9::10"], None, &["192.168.1.10", "fd00:9::10"], None),
+        line(DnsKind::Name, "tv.home.internal", &["192.168.1.20"], None, &[], Some("the node tv goes before it")),
+    ];
+    let splits = vec![line(DnsKind::Split, "corp.example", &["10.0.0.53"], Some("gate"), &["10.0.0.53"], None)];
+    check("dns", &["dns"], &[Response::Dns(DnsList { schema: 1, names, splits }), Response::Done]);
+    let none = DnsList { schema: 1, names: vec![], splits: vec![] };
+    check("dns-none", &["dns", "list"], &[Response::Dns(none), Response::Done]);
+    let change = |kind, name: &str, addresses: &[&str], already, note: Option<&str>| {
+        let (name, note) = (name.to_owned(), note.map(str::to_owned));
+        let change = DnsChange { kind, name, addresses: ips(addresses), at: None, already, replaced: already, note };
+        [Response::DnsChanged(DnsChanges { schema: 1, changes: vec![change] }), Response::Done]
+    };
+    let note = "github.com may be somebody's on the Internet; all nodes of this network get this address now";
+    let added = change(DnsKind::Name, "github.com", &["10.0.0.1"], false, Some(note));
+    check("dns-add", &["dns", "add", "github.com", "10.0.0.1"], &added);
+    let split = change(DnsKind::Split, "corp.example", &["10.0.0.53"], false, None);
+    check("dns-split", &["dns", "split", "corp.example", "10.0.0.53"], &split);
+    let gone = change(DnsKind::Name, "nas.home", &[], false, None);
+    check("dns-remove", &["dns", "remove", "nas.home"], &gone);
 }
 
 #[test]

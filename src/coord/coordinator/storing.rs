@@ -100,7 +100,9 @@ impl Coordinator {
                 | Change::InviteAdded(_)
                 | Change::InviteRevoked(_)
                 | Change::RouteGranted(_)
-                | Change::RouteRevoked(_) => {}
+                | Change::RouteRevoked(_)
+                | Change::NamesChanged
+                | Change::AliasChanged(_) => {}
             }
         }
         expelled

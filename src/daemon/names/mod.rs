@@ -14,12 +14,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::sync::watch;
 
 use crate::daemon::footprint::Journal;
 use crate::daemon::health::Health;
 use crate::daemon::planner_task::PlannerHandle;
 use crate::daemon::settings::Settings;
+use crate::engine::io::Event;
 use crate::engine::names::Zone;
 use crate::os::netlink::Changes;
 use crate::wire::local::Severity;
@@ -46,6 +48,7 @@ pub(super) struct Wiring {
 /// Runs until it is aborted. Undoing what outlives the process is the caller's, by the journal.
 pub(super) async fn run(mut w: Wiring) {
     let zones = Zones { planner: w.planner.clone(), cached: Arc::default() };
+    let mut events = w.planner.events();
     let Some(zone) = zones.current().await else { return };
     let local = local_address(&w.addresses);
     let served = Server::start(&w.addresses, local, &zones);
@@ -55,6 +58,8 @@ pub(super) async fn run(mut w: Wiring) {
     }
     let mut system = System::new(&w.interface, &zone, served.addresses.clone(), served.local, w.journal.clone());
     loop {
+        let Some(zone) = zones.current().await else { return };
+        system.ask_for(&zone);
         let wanted = w.settings.borrow_and_update().accept_dns;
         let set_up = system.settle(wanted).await;
         // With no way set up nothing is forwarded.
@@ -66,12 +71,26 @@ pub(super) async fn run(mut w: Wiring) {
         let going_on = tokio::select! {
             changed = w.settings.changed() => changed.is_ok(),
             () = w.changes.next() => true,
+            changed = names_change(&mut events) => changed,
             () = tokio::time::sleep(LOOK_AGAIN) => true,
         };
         if !going_on {
             return;
         }
     }
+}
+
+/// Waits until there are other names, as often as that may have happened meanwhile. False: the daemon stops.
+async fn names_change(events: &mut broadcast::Receiver<Event>) -> bool {
+    loop {
+        match events.recv().await {
+            Ok(Event::NamesChanged) | Err(RecvError::Lagged(_)) => break,
+            Ok(_) => {}
+            Err(RecvError::Closed) => return false,
+        }
+    }
+    while events.try_recv().is_ok() {}
+    true
 }
 
 /// Where the system asks if it can be given only an address that is there always: one of the loopback network, made from the

@@ -123,11 +123,12 @@ impl Desk {
         let zone = self.zones.current().await?;
         let reply = match zone.reply(question, transport) {
             Reply::Elsewhere => self.ask_elsewhere(question, transport).await,
+            Reply::Ask(servers) => ask(&servers, question, transport).await,
             reply => reply,
         };
         match reply {
             Reply::Answer(bytes) => Some(bytes),
-            Reply::Elsewhere | Reply::Nothing => None,
+            Reply::Elsewhere | Reply::Ask(_) | Reply::Nothing => None,
         }
     }
 
@@ -136,8 +137,12 @@ impl Desk {
         if servers.is_empty() {
             return refuse(question);
         }
-        forward::ask(&servers, question, transport).await.map_or_else(|| failed(question), Reply::Answer)
+        ask(&servers, question, transport).await
     }
+}
+
+async fn ask(servers: &[IpAddr], question: &[u8], transport: Transport) -> Reply {
+    forward::ask(servers, question, transport).await.map_or_else(|| failed(question), Reply::Answer)
 }
 
 async fn datagrams(socket: Arc<UdpSocket>, desk: Desk) {

@@ -1,6 +1,7 @@
 //! Has the system's programs ask us for names, in the gentlest way the machine offers:
 //!
-//! 1. systemd-resolved, where the system asks it: questions about our zone go to us, by our interface, and nothing else does.
+//! 1. systemd-resolved, where the system asks it: questions about our zone, and about names and domains that an admin typed, go
+//!    to us, by our interface, and nothing else does.
 //! 2. resolvconf, where it makes `/etc/resolv.conf`: our server among the others.
 //! 3. `/etc/resolv.conf` itself, with what was there kept.
 //!
@@ -27,6 +28,10 @@ use crate::wire::local::Problem;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Our entry in resolvconf: entries of the loopback interface come first, in Debian's resolvconf and in openresolv.
 pub(in crate::daemon) const ENTRY: &str = "lo.meshd";
+/// The most domains that systemd-resolved is given: it takes 256 for an interface (`LINK_SEARCH_DOMAINS_MAX`).
+const ROUTED: usize = 200;
+/// Where systemd-resolved names the servers that it asks itself (systemd-resolved.service(8)).
+const UPLINKS: &str = "/run/systemd/resolve/resolv.conf";
 /// systemd-resolved's address for the system.
 const STUB: &str = "127.0.0.53";
 
@@ -43,6 +48,8 @@ pub(super) struct System {
     interface: String,
     domain: String,
     reverse: Vec<String>,
+    /// What else systemd-resolved is to ask us about.
+    routed: Vec<String>,
     addresses: Vec<IpAddr>,
     local: Option<Ipv4Addr>,
     journal: Journal,
@@ -59,14 +66,34 @@ impl System {
         journal: Journal,
     ) -> Self {
         let (domain, reverse) = (zone.domain(), zone.reverse_domains());
-        Self { interface: interface.to_owned(), domain, reverse, addresses, local, journal, set: None }
+        Self {
+            interface: interface.to_owned(),
+            domain,
+            reverse,
+            routed: Vec::new(),
+            addresses,
+            local,
+            journal,
+            set: None,
+        }
+    }
+
+    /// What the system is to ask us about besides the network's own names.
+    pub(super) fn ask_for(&mut self, zone: &Zone) {
+        self.routed = zone.routing_domains(ROUTED);
     }
 
     /// Where questions about other names are to go: the servers of before, if the system asks us for everything.
     pub(super) fn upstream(&self) -> Vec<IpAddr> {
         match self.set {
             Some(Way::Resolvconf | Way::File) => resolv_conf::servers(&resolv_conf::text(Path::new(PATH)), self.local),
-            Some(Way::Resolved) | None => Vec::new(),
+            // It asks us about names that an admin typed and all that is below them, which is not ours.
+            Some(Way::Resolved) => {
+                let mut servers = resolv_conf::servers(&resolv_conf::text(Path::new(UPLINKS)), self.local);
+                servers.retain(|server| !self.addresses.contains(server) && server.to_string() != STUB);
+                servers
+            }
+            None => Vec::new(),
         }
     }
 
@@ -131,7 +158,7 @@ impl System {
         let servers: Vec<String> = self.addresses.iter().map(ToString::to_string).collect();
         let mut dns = vec!["dns", &self.interface];
         dns.extend(servers.iter().map(String::as_str));
-        let routed: Vec<String> = self.reverse.iter().map(|name| format!("~{name}")).collect();
+        let routed: Vec<String> = self.reverse.iter().chain(&self.routed).map(|name| format!("~{name}")).collect();
         let mut domains = vec!["domain", &self.interface, &self.domain];
         domains.extend(routed.iter().map(String::as_str));
         for args in [dns, domains, vec!["default-route", &self.interface, "false"]] {

@@ -290,6 +290,15 @@ impl Planner {
                 self.routes_changed();
                 true
             }
+            Ok(Change::AliasChanged(_)) => {
+                self.routes_changed();
+                self.names_changed();
+                true
+            }
+            Ok(Change::NamesChanged) => {
+                self.names_changed();
+                true
+            }
             Err(Refusal::Record(RecordError::Unreadable)) => {
                 self.control.unreadable_since.get_or_insert(self.now);
                 self.drops.count(Drop::UnreadableControl);
@@ -428,6 +437,9 @@ fn describe(record: &SignedRecord) -> String {
         Ok(Record::Invite(_)) => "an invite".to_owned(),
         Ok(Record::RouteGrant(g)) => format!("a grant for {}", g.prefix),
         Ok(Record::RouteRevoke(r)) => format!("the refusal of {}", r.prefix),
+        Ok(Record::DnsName(r)) => format!("the addresses of {:?}", r.name),
+        Ok(Record::DnsSplit(r)) => format!("the servers of {:?}", r.domain),
+        Ok(Record::RouteAlias(r)) => format!("an alias of {}", r.prefix),
         Ok(Record::Revoke(r)) => match r.target {
             RevokeTarget::Identity(identity) => format!("the removal of {}", identity.node_id()),
             RevokeTarget::Invite(_) => "the removal of an invite".to_owned(),

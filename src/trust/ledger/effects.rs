@@ -3,8 +3,11 @@
 use ipnet::IpNet;
 
 use crate::time::UnixSeconds;
-use crate::trust::ledger::{Change, Ledger, Node, OpenInvite};
-use crate::trust::record::{Admin, Record, Revoke, RevokeTarget, RouteGrant, RouteRevoke, SignedRecord};
+use crate::trust::ledger::words::word;
+use crate::trust::ledger::{Change, Ledger, Node, OpenInvite, Word};
+use crate::trust::record::{
+    Admin, DnsName, DnsSplit, Record, Revoke, RevokeTarget, RouteAlias, RouteGrant, RouteRevoke, SignedRecord,
+};
 use crate::wire::control::log_head;
 use crate::wire::keys::{Digest32, IdentityKey};
 
@@ -67,6 +70,18 @@ impl Ledger {
                 }
                 Change::InviteRevoked(key)
             }
+            Record::DnsName(DnsName { name, addresses, at: behind, created, .. }) => {
+                self.dns_names.say(name, created, word(&addresses, behind), at);
+                Change::NamesChanged
+            }
+            Record::DnsSplit(DnsSplit { domain, servers, at: behind, created, .. }) => {
+                self.dns_splits.say(domain, created, word(&servers, behind), at);
+                Change::NamesChanged
+            }
+            Record::RouteAlias(RouteAlias { identity, prefix, alias, created, .. }) => {
+                self.aliases.say((identity, prefix), created, Word::new(alias), at);
+                Change::AliasChanged(identity)
+            }
         }
     }
 
@@ -107,6 +122,15 @@ impl Ledger {
                 if let Some(open) = self.invites.get_mut(key).filter(|i| i.closed_at == Some(at)) {
                     open.closed_at = None;
                 }
+            }
+            Record::DnsName(DnsName { name, addresses, at: behind, created, .. }) => {
+                self.dns_names.unsay(name, *created, word(addresses, *behind), at);
+            }
+            Record::DnsSplit(DnsSplit { domain, servers, at: behind, created, .. }) => {
+                self.dns_splits.unsay(domain, *created, word(servers, *behind), at);
+            }
+            Record::RouteAlias(RouteAlias { identity, prefix, alias, created, .. }) => {
+                self.aliases.unsay(&(*identity, *prefix), *created, Word::new(*alias), at);
             }
         }
     }

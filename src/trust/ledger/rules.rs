@@ -1,12 +1,15 @@
 //! What can speak against a record whose signatures are right.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::trust::ledger::{Judge, Ledger, RECORD_VERSION, Refusal};
-use crate::trust::names::dns_label;
-use crate::trust::record::{Genesis, Invite, Member, Record, RecordError, RevokeTarget, member_ipv6};
+use crate::trust::names::{dns_label, domain_name};
+use crate::trust::record::{
+    Genesis, Invite, MAX_DNS_ADDRESSES, MAX_DNS_SERVERS, Member, Record, RecordError, RevokeTarget, RouteAlias,
+    member_ipv6,
+};
 use crate::wire::keys::{Digest32, IdentityKey, NetworkId};
 
 impl Ledger {
@@ -30,7 +33,10 @@ impl Ledger {
             | Record::Invite(_)
             | Record::RouteGrant(_)
             | Record::RouteRevoke(_)
-            | Record::Revoke(_) => {}
+            | Record::Revoke(_)
+            | Record::DnsName(_)
+            | Record::DnsSplit(_)
+            | Record::RouteAlias(_) => {}
         }
         if signer.0 != self.network.0 && !self.is_admin(&IdentityKey(signer.0)) {
             return Err(Refusal::NotAdmin);
@@ -49,6 +55,12 @@ impl Ledger {
                 check(revoke.prefix.addr() == revoke.prefix.network(), "a route has host bits set")
             }
             Record::Revoke(revoke) => self.judge_revoke(&revoke.target),
+            Record::DnsName(dns) => judge_words(&dns.name, &dns.addresses, MAX_DNS_ADDRESSES),
+            Record::DnsSplit(split) => judge_words(&split.domain, &split.servers, MAX_DNS_SERVERS),
+            Record::RouteAlias(alias) => {
+                self.nodes.get(&alias.identity).ok_or(Refusal::UnknownTarget)?;
+                judge_alias(alias, genesis)
+            }
             Record::Genesis(_) | Record::Member(_) => Ok(()),
         }
     }
@@ -152,6 +164,44 @@ fn judge_route(prefix: &IpNet, genesis: &Genesis) -> Result<(), Refusal> {
     check(!inside, "a route lies inside the mesh's own range")
 }
 
+/// What counts later is not known yet, so only what can never be right is refused.
+fn judge_words(name: &str, addresses: &[IpAddr], most: usize) -> Result<(), Refusal> {
+    check(domain_name(name).is_ok(), "a name is not a full name that DNS servers are asked about")?;
+    check(addresses.len() <= most, "a name has too many addresses")?;
+    check(addresses.iter().all(|ip| is_one_machine(*ip)), "an address is not one machine's")
+}
+
+/// Whether an address can be that of another machine.
+#[must_use]
+pub fn is_one_machine(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(v4) => {
+            let first = v4.octets()[0];
+            first != 0 && first != 127 && first < 224
+        }
+        IpAddr::V6(v6) => {
+            !v6.is_unspecified() && !v6.is_loopback() && !v6.is_multicast() && v6.to_ipv4_mapped().is_none()
+        }
+    }
+}
+
+/// Other numbers for a prefix: as many, and nobody else's.
+fn judge_alias(record: &RouteAlias, genesis: &Genesis) -> Result<(), Refusal> {
+    judge_route(&record.prefix, genesis)?;
+    let Some(alias) = record.alias else { return Ok(()) };
+    judge_route(&alias, genesis)?;
+    let same =
+        alias.prefix_len() == record.prefix.prefix_len() && alias.addr().is_ipv4() == record.prefix.addr().is_ipv4();
+    check(same, "an alias has another length than its prefix")?;
+    check(alias.prefix_len() > 0, "everything has no alias")?;
+    check(is_one_machine(alias.addr()), "an alias is not made of addresses of machines")?;
+    let covers = match alias {
+        IpNet::V4(v4) => v4.contains(&genesis.ipv4),
+        IpNet::V6(v6) => v6.contains(&genesis.ipv6),
+    };
+    check(!covers, "an alias covers the mesh's own range")
+}
+
 fn label(name: &str) -> Result<(), Refusal> {
     check(dns_label(name).is_ok(), "a name is not a DNS label")
 }
@@ -169,5 +219,8 @@ fn common_fields(record: &Record) -> (u16, NetworkId) {
         Record::RouteGrant(r) => (r.v, r.network),
         Record::RouteRevoke(r) => (r.v, r.network),
         Record::Revoke(r) => (r.v, r.network),
+        Record::DnsName(r) => (r.v, r.network),
+        Record::DnsSplit(r) => (r.v, r.network),
+        Record::RouteAlias(r) => (r.v, r.network),
     }
 }

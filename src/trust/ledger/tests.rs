@@ -3,8 +3,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::trust::founding::{
-    Terms, admin_record, found, invite_key, invite_record, member_record, network_id, revoke_record,
-    route_grant_record, route_revoke_record,
+    Terms, admin_record, dns_name_record, dns_split_record, found, invite_key, invite_record, member_record,
+    network_id, revoke_record, route_alias_record, route_grant_record, route_revoke_record,
 };
 use crate::trust::keys::{NodeKeys, Secret32};
 use crate::trust::record::{HexSignature, Record, RevokeTarget, member_ipv6};
@@ -322,6 +322,82 @@ fn of_what_is_said_about_a_route_the_newest_counts_in_any_order() {
 }
 
 #[test]
+fn of_what_is_said_about_names_and_aliases_the_newest_counts_in_any_order() {
+    let f = Founder::new(3);
+    let (admin, me) = (f.admin(), f.keys.identity_key());
+    let lan: IpNet = "192.168.1.0/24".parse().unwrap();
+    let name = |host: Option<u8>, at| {
+        let addresses = host.map(|host| IpAddr::from([192, 168, 1, host])).into_iter().collect();
+        dns_name_record(&admin, f.network, "nas.home", addresses, None, at)
+    };
+    let alias = |third: Option<u8>, at| {
+        let alias = third.map(|third| IpNet::new([100, 99, third, 0].into(), 24).unwrap());
+        route_alias_record(&admin, f.network, me, lan, alias, at)
+    };
+    let ends = |records: &[SignedRecord]| {
+        let orders = [records.to_vec(), records.iter().rev().cloned().collect()];
+        let results = orders.map(|order| {
+            let mut ledger = f.ledger();
+            ledger.admit_all(&order, READER).unwrap();
+            let address = ledger.dns_name("nas.home").map(|target| target.addresses[0].to_string());
+            (address, ledger.alias(&me, &lan).map(|alias| alias.to_string()))
+        });
+        assert_eq!(results[0], results[1], "{records:?}");
+        results[0].clone()
+    };
+    let is = |address: &str| Some(address.to_owned());
+    assert_eq!(ends(&[name(Some(1), NOW), name(Some(2), NOW + 1)]), (is("192.168.1.2"), None));
+    assert_eq!(ends(&[name(Some(2), NOW), name(Some(1), NOW)]), (is("192.168.1.2"), None));
+    assert_eq!(ends(&[name(Some(1), NOW), name(None, NOW)]), (None, None), "at the same second there is none");
+    assert_eq!(ends(&[name(None, NOW), name(Some(1), NOW + 1)]), (is("192.168.1.1"), None));
+    assert_eq!(ends(&[alias(Some(1), NOW), alias(Some(2), NOW + 1), alias(None, NOW)]), (None, is("100.99.2.0/24")));
+    assert_eq!(ends(&[alias(Some(1), NOW), alias(None, NOW)]), (None, None));
+}
+
+#[test]
+fn words_on_names_and_aliases_that_make_no_sense_are_refused() {
+    let mut f = Founder::new(3);
+    let mut ledger = f.ledger();
+    let (admin, me) = (f.admin(), f.keys.identity_key());
+    let ip = |text: &str| text.parse::<IpAddr>().unwrap();
+    for (name, addresses) in [
+        ("nas", vec![ip("10.0.0.1")]),
+        ("NAS.home", vec![ip("10.0.0.1")]),
+        ("nas.local", vec![ip("10.0.0.1")]),
+        ("nas.home", vec![ip("127.0.0.1")]),
+        ("nas.home", vec![ip("224.0.0.1")]),
+        ("nas.home", vec![ip("::ffff:10.0.0.1")]),
+        ("nas.home", (0..17).map(|n| IpAddr::from([10, 0, 0, n])).collect()),
+    ] {
+        let record = dns_name_record(&admin, f.network, name, addresses.clone(), None, NOW);
+        assert!(matches!(refused(&mut ledger, &record), Refusal::Contradiction(_)), "{name} {addresses:?}");
+    }
+    let four = (1..5).map(|n| IpAddr::from([10, 0, 0, n])).collect();
+    let record = dns_split_record(&admin, f.network, "corp.example", four, None, NOW);
+    assert!(matches!(refused(&mut ledger, &record), Refusal::Contradiction(_)));
+    for (prefix, alias) in [
+        ("192.168.1.0/24", "100.99.0.0/16"),
+        ("192.168.1.0/24", "fd00:9::/24"),
+        ("192.168.1.0/24", "100.99.1.1/24"),
+        ("192.168.1.0/24", "224.0.1.0/24"),
+        ("192.168.0.0/26", "100.71.0.64/26"),
+        ("192.0.0.0/8", "100.0.0.0/8"),
+        ("0.0.0.0/0", "0.0.0.0/0"),
+    ] {
+        let (prefix, alias) = (prefix.parse().unwrap(), alias.parse().unwrap());
+        let record = route_alias_record(&admin, f.network, me, prefix, Some(alias), NOW);
+        assert!(matches!(refused(&mut ledger, &record), Refusal::Contradiction(_)), "{prefix} {alias}");
+    }
+    let nobody = f.node();
+    let lan = "192.168.1.0/24".parse().unwrap();
+    let record = route_alias_record(&admin, f.network, nobody.identity_key(), lan, None, NOW);
+    assert_eq!(refused(&mut ledger, &record), Refusal::UnknownTarget);
+    let by_nobody =
+        dns_name_record(&nobody.identity.signing_key(), f.network, "nas.home", vec![ip("10.0.0.1")], None, NOW);
+    assert_eq!(refused(&mut ledger, &by_nobody), Refusal::NotAdmin);
+}
+
+#[test]
 fn invites_that_make_no_sense_are_refused() {
     let mut f = Founder::new(3);
     let mut ledger = f.ledger();
@@ -549,6 +625,21 @@ fn busy_log(seed: u64) -> (Founder, Vec<SignedRecord>) {
     log.push(route_revoke_record(&admin, f.network, nas.identity_key(), lan, NOW + 1));
     log.push(route_revoke_record(&by_deputy, f.network, nas.identity_key(), lan, NOW + 1));
     log.push(route_grant_record(&admin, f.network, nas.identity_key(), lan, NOW + 2));
+    let ip = |text: &str| vec![text.parse().unwrap()];
+    log.push(dns_name_record(&admin, f.network, "nas.home", ip("192.168.7.2"), None, NOW));
+    log.push(dns_name_record(&by_deputy, f.network, "nas.home", ip("192.168.7.2"), None, NOW));
+    log.push(dns_name_record(&admin, f.network, "nas.home", Vec::new(), None, NOW + 1));
+    log.push(dns_split_record(&admin, f.network, "corp.example", ip("10.0.0.53"), Some(nas.identity_key()), NOW));
+    log.push(dns_split_record(&admin, f.network, "corp.example", ip("10.0.0.54"), None, NOW + 1));
+    log.push(route_alias_record(
+        &admin,
+        f.network,
+        nas.identity_key(),
+        lan,
+        Some("100.99.7.0/24".parse().unwrap()),
+        NOW,
+    ));
+    log.push(route_alias_record(&by_deputy, f.network, nas.identity_key(), lan, None, NOW));
     log.push(revoke_record(&by_deputy, f.network, RevokeTarget::Identity(phone.identity_key()), NOW));
     let again = f.node();
     log.push(f.member(&again, &open, "phone", 4));
