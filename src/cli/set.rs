@@ -27,6 +27,18 @@ pub(super) struct Routing {
     /// Let what is forwarded for others leave under this machine's own address [default: true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     snat: Option<bool>,
+    /// Send all traffic through this node (name, mesh address or id prefix), or none
+    #[arg(long, value_name = "NODE")]
+    exit_node: Option<String>,
+    /// With an exit node, still reach the networks this machine is in directly [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    exit_node_allow_lan_access: Option<bool>,
+    /// With an exit node, let nothing leave beside it, not even when meshd was killed [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    kill_switch: Option<bool>,
+    /// Run this program with each event as JSON on its standard input, or none (docs/reference/events.md)
+    #[arg(long, value_name = "PROGRAM")]
+    on_event: Option<String>,
 }
 
 impl Routing {
@@ -37,7 +49,10 @@ impl Routing {
             accept_routes: self.accept_routes,
             accept_dns: self.accept_dns,
             snat: self.snat,
-            ..SettingsChange::default()
+            exit_node: self.exit_node.clone(),
+            exit_node_allow_lan_access: self.exit_node_allow_lan_access,
+            kill_switch: self.kill_switch,
+            on_event: self.on_event.clone(),
         }
     }
 }
@@ -57,41 +72,13 @@ Examples:
 pub struct Args {
     #[command(flatten)]
     routing: Routing,
-    /// Send all traffic through this node (name, mesh address or id prefix), or none
-    #[arg(long, value_name = "NODE", help_heading = "Settings, kept until given otherwise")]
-    exit_node: Option<String>,
-    /// With an exit node, still reach the networks this machine is in directly [default: true]
-    #[arg(
-        long,
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "true",
-        help_heading = "Settings, kept until given otherwise"
-    )]
-    exit_node_allow_lan_access: Option<bool>,
-    /// With an exit node, let nothing leave beside it, not even when meshd was killed [default: false]
-    #[arg(
-        long,
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "true",
-        help_heading = "Settings, kept until given otherwise"
-    )]
-    kill_switch: Option<bool>,
     /// Take the change back after this time; alone: keep the change
     #[arg(long, value_name = "TIME", num_args = 0..=1, value_parser = duration::parse)]
     confirm: Option<Option<Duration>>,
 }
 
 pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
-    let change = SettingsChange {
-        exit_node: args.exit_node.clone(),
-        exit_node_allow_lan_access: args.exit_node_allow_lan_access,
-        kill_switch: args.kill_switch,
-        ..args.routing.change()
-    };
+    let change = args.routing.change();
     let changes = change != SettingsChange::default();
     let call = match args.confirm {
         None => Call::Set { change, confirm_s: None },
@@ -129,6 +116,7 @@ fn text(set: &SettingsDocument) -> String {
         ("exit-node", set.exit_node.clone().unwrap_or_else(|| "none".to_owned())),
         ("exit-node-allow-lan-access", yes(set.exit_node_allow_lan_access)),
         ("kill-switch", yes(set.kill_switch)),
+        ("on-event", set.on_event.clone().unwrap_or_else(|| "none".to_owned())),
     ];
     if let Some(seconds) = set.reverts_in_s {
         rows.push(("taken back", format!("in {seconds} s, unless confirmed: meshd set --confirm")));

@@ -21,6 +21,7 @@ mod control_link;
 mod desk;
 pub mod footprint;
 mod health;
+mod hooks;
 pub mod join;
 mod links;
 mod local_api;

@@ -25,6 +25,7 @@ use crate::daemon::control_link::ForRelay;
 use crate::daemon::desk::LinkDesks;
 use crate::daemon::footprint::{self, Journal};
 use crate::daemon::health::Health;
+use crate::daemon::hooks;
 use crate::daemon::join::{self, Membership, Wish};
 use crate::daemon::links::{Bells, Coordinator};
 use crate::daemon::local_api::{Api, Parts, Socket};
@@ -334,6 +335,8 @@ impl Node {
         *to_store.endpoints.lock() = state.endpoints.iter().map(|e| (e.peer, e.address)).collect();
         let (routes, plan) = watch::channel(RoutePlan::default());
         let (shadows, shadowed) = watch::channel(BTreeMap::new());
+        let (hooks_plan, hooks_settings, hooks_health) = (plan.clone(), settings.watch(), health.clone());
+        let hooks_events = handle.events();
         // A netlink socket lists one thing at a time, so this task has its own.
         let own_netlink = Netlink::connect().map_err(netlink_problem)?;
         let names = names::run(names::Wiring {
@@ -426,8 +429,16 @@ impl Node {
             proxy,
             gone: gone_watch,
         });
+        let hooks = hooks::run(hooks::Wiring {
+            api: Arc::clone(&api),
+            settings: hooks_settings,
+            events: hooks_events,
+            plan: hooks_plan,
+            health: hooks_health,
+        });
         let mut tasks = vec![
             tokio::spawn(Arc::clone(&api).serve(socket)),
+            tokio::spawn(hooks),
             tokio::spawn(network_watch.run()),
             tokio::spawn(mtu_keeper),
             tokio::spawn(resolver),

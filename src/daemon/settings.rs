@@ -3,6 +3,7 @@
 //! A change can be made on trial: unless it is confirmed in time it is taken back, also if the daemon was restarted
 //! meanwhile. So nobody is cut off from a machine far away by a wrong exit node.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Notify, watch};
 
+use crate::daemon::hooks;
 use crate::daemon::planner_task::PlannerHandle;
 use crate::daemon::problem;
 use crate::daemon::store::SettingsFile;
@@ -47,6 +49,8 @@ pub struct Settings {
     pub exit_node_allow_lan_access: bool,
     /// And nothing else leaves, not even when the daemon was killed.
     pub kill_switch: bool,
+    /// This program hears of events.
+    pub on_event: Option<PathBuf>,
     /// How the coordinator is reached; with a proxy's credentials. Given at the start only.
     pub proxy: ProxySetting,
 }
@@ -62,6 +66,7 @@ impl Default for Settings {
             exit_node: None,
             exit_node_allow_lan_access: true,
             kill_switch: false,
+            on_event: None,
             proxy: ProxySetting::Auto,
         }
     }
@@ -120,6 +125,9 @@ impl Settings {
         }
         next.exit_node_allow_lan_access = change.exit_node_allow_lan_access.unwrap_or(next.exit_node_allow_lan_access);
         next.kill_switch = change.kill_switch.unwrap_or(next.kill_switch);
+        if let Some(text) = &change.on_event {
+            next.on_event = hooks::chosen(text)?;
+        }
         if next.advertise_exit_node && next.exit_node.is_some() {
             return Err(problem(
                 "usage",
@@ -296,6 +304,7 @@ impl SettingsDesk {
             exit_node: kept.settings.exit_node.as_ref().map(name),
             exit_node_allow_lan_access: kept.settings.exit_node_allow_lan_access,
             kill_switch: kept.settings.kill_switch,
+            on_event: kept.settings.on_event.as_ref().map(|program| program.display().to_string()),
             reverts_in_s: kept.trial.as_ref().map(|trial| trial.until.saturating_sub(clock::wall())),
             notes: pending.collect(),
         }

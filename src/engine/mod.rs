@@ -11,6 +11,7 @@ pub mod carrier;
 pub mod counters;
 pub mod drops;
 pub(crate) mod fit;
+pub mod happened;
 pub mod inbound;
 pub mod io;
 pub mod names;

@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::{Pid, geteuid};
 
 /// Makes the child the leader of a session of its own, so that it gets no signals of the caller's terminal.
@@ -44,6 +44,15 @@ pub fn is_alive(pid: u32) -> bool {
 pub fn terminate(pid: u32) -> io::Result<()> {
     let pid = i32::try_from(pid).map_err(io::Error::other)?;
     Ok(kill(Pid::from_raw(pid), Signal::SIGTERM)?)
+}
+
+/// Ends a process group: asks it to (SIGTERM), or does not ask (SIGKILL). One that is gone has ended.
+pub fn end_group(leader: u32, at_once: bool) {
+    if let Ok(leader) = i32::try_from(leader)
+        && leader > 1
+    {
+        let _ = killpg(Pid::from_raw(leader), if at_once { Signal::SIGKILL } else { Signal::SIGTERM });
+    }
 }
 
 /// Lets this process open as many descriptors as the system allows it to. Returns how many that are.

@@ -615,6 +615,9 @@ pub struct SettingsChange {
     /// With an exit node, nothing leaves beside it, not even when the daemon was killed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kill_switch: Option<bool>,
+    /// The program that hears of events: a whole path; `none`: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_event: Option<String>,
 }
 
 /// `meshd set --json`: what a node is set up to do, schema 1.
@@ -638,6 +641,9 @@ pub struct SettingsDocument {
     pub exit_node_allow_lan_access: bool,
     /// Nothing leaves beside the exit node, not even when the daemon was killed.
     pub kill_switch: bool,
+    /// The program that hears of events, or null.
+    #[serde(default)]
+    pub on_event: Option<String>,
     /// Seconds until the settings go back to what they were, unless `meshd set --confirm` comes before; null: they stay.
     pub reverts_in_s: Option<u64>,
     /// What there is to say about that, such as routes that wait for an admin.

@@ -358,6 +358,7 @@ fn settings_document() {
         exit_node: Some("gate".to_owned()),
         exit_node_allow_lan_access: true,
         kill_switch: false,
+        on_event: None,
         reverts_in_s: Some(59),
         notes: vec!["laptop advertises 192.168.1.0/24, and no admin has approved it".to_owned()],
     };

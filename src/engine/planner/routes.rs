@@ -513,8 +513,12 @@ impl Planner {
         let member = self.member_of(self.find_peer(wanted)?);
         let Some(Member { identity, name, .. }) = member else { return Ok(self.me.identity) };
         let everything = |prefix: &&IpNet| prefix.prefix_len() == 0;
-        let heard = self.routes.adverts.get(identity);
-        let offered: Vec<&IpNet> = heard.iter().flat_map(|heard| heard.advert.prefixes()).filter(everything).collect();
+        let granted = self.ledger.grants(identity);
+        let offered: Vec<&IpNet> = match self.routes.adverts.get(identity) {
+            Some(heard) => heard.advert.prefixes().filter(everything).collect(),
+            // Not heard of yet, as right after joining: an admin's word is enough to wait for it.
+            None => granted.iter().filter(everything).collect(),
+        };
         if offered.is_empty() {
             return Err(Problem {
                 code: "no-exit-node".into(),

@@ -9,6 +9,7 @@ mod footprint;
 mod guides;
 mod hard;
 mod healing;
+mod hooks;
 mod interop;
 mod join;
 mod mistakes;
@@ -41,6 +42,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(routes::cases());
     cases.extend(services::cases());
     cases.extend(guides::cases());
+    cases.extend(hooks::cases());
     cases.extend(footprint::cases());
     cases.extend(coordinator::cases());
     cases.extend(secrecy::cases());

@@ -23,6 +23,7 @@ pub fn cases() -> Vec<Case> {
         case("routes::two_sites_without_address_translation", two_sites),
         case("routes::mistakes_are_named", mistakes),
         case("exit::all_traffic_goes_through_and_comes_back", exit_node),
+        case("exit::it_can_be_chosen_while_joining", exit_node_at_once),
         case("exit::a_change_that_is_not_confirmed_is_taken_back", confirm),
     ]
 }
@@ -373,6 +374,19 @@ fn exit_node() -> Result<()> {
     let own = |line: &&str| line.contains("mesh0") || line.contains("fe80::");
     let strip = |text: &str| text.lines().filter(|line| !own(line)).collect::<Vec<_>>().join("\n");
     unchanged(&strip(&before), &strip(&picture(&a.namespace)?))
+}
+
+/// Nothing of a node that joins has left beside the exit node it joins with, once it is up.
+fn exit_node_at_once() -> Result<()> {
+    let (site, _gate) = gated()?;
+    let c = Node::new("c", site.home.host("c", 7)?);
+    up(&c, &site.a.invite()?, &["--exit-node", "gate", "--kill-switch"])?;
+    let v4 = site.world.internet.v4(40);
+    let (_, from) = eventually("the web sees the gate", Duration::from_secs(10), || page(&c.namespace, &v4))?;
+    ensure(from == site.world.internet.v4(22), || format!("it saw {from}"))?;
+    // One that is none is refused.
+    let d = Node::new("d", site.home.host("d", 8)?);
+    ensure(up(&d, &site.a.invite()?, &["--exit-node", "b"]).is_err(), || "b was taken for an exit node".to_owned())
 }
 
 fn confirm() -> Result<()> {
