@@ -407,7 +407,7 @@ impl Notices {
     }
 
     fn tell(&mut self, notice: Notice) {
-        if matches!(notice, Notice::Slow { .. }) {
+        if matches!(notice, Notice::Slow { .. } | Notice::Message { .. }) {
             if self.slow.try_send(notice).is_err() {
                 self.drops.count(Drop::SlowQueueFull);
             }

@@ -63,6 +63,12 @@ named! {
     Polite = "polite",
     /// Inbound: a sealed peer message that does not open, is old, or is malformed.
     BadSealed = "bad-sealed",
+    /// Inbound: a message of a peer inside its session that is malformed, or that this version does not know.
+    BadPeerMessage = "bad-peer-message",
+    /// Inbound: more messages from one peer than are answered.
+    PeerMessageLimit = "peer-message-limit",
+    /// Inbound: a peer asked for something to be passed on that is not passed on, or to a node that cannot be reached from here.
+    NotPassedOn = "not-passed-on",
     /// Inbound: the TUN device refused the packet.
     TunRefused = "tun-refused",
     /// Inbound: the queue from the relay is full; newest dropped.

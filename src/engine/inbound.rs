@@ -243,6 +243,11 @@ impl Inbound {
         let (inner, established): (&mut [u8], bool) = match run.tunnel.open(Some(pseudo_ip(via)), bytes, room, now) {
             Opened::Packet { len, established } => (&mut room[..len], established),
             Opened::Keepalive { established } => (&mut [], established),
+            Opened::Message { len, established } => {
+                let notice = Notice::Message { peer: run.id, bytes: room[..len].to_vec() };
+                sink.notice(notice);
+                (&mut [], established)
+            }
             Opened::Error(why) => return self.not_opened(run.id, via, why, now, sink),
         };
         run.heard = true;

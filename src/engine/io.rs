@@ -153,6 +153,13 @@ pub enum Notice {
         /// The datagram.
         bytes: Vec<u8>,
     },
+    /// A message of the peer's planner came inside its session ([`crate::wire::peer`]).
+    Message {
+        /// Who.
+        peer: PeerId,
+        /// What was sealed.
+        bytes: Vec<u8>,
+    },
     /// Authenticated data came from a UDP address that is not the peer's current one.
     Roamed {
         /// Who.

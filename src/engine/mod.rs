@@ -7,6 +7,7 @@
 mod named;
 
 pub mod aqm;
+pub(crate) mod bucket;
 pub mod carrier;
 pub mod counters;
 pub mod drops;

@@ -9,6 +9,8 @@ use parking_lot::Mutex;
 
 use crate::engine::io::{Path, PeerId};
 use crate::engine::path::agent::{PathAgent, Stamps};
+use crate::engine::planner::exchange::Exchange;
+use crate::engine::planner::messages::Patience;
 use crate::engine::session::tunnel::Tunnel;
 use crate::engine::traffic::Traffic;
 use crate::time::Now;
@@ -61,6 +63,12 @@ pub(crate) struct Talk {
     pub(crate) heard_number: u64,
     /// The last time a lost session of the peer made us start a handshake.
     pub(crate) revived: Option<Now>,
+    /// It has shown that it is a meshd: messages inside the session are for it.
+    pub(crate) speaks: bool,
+    pub(crate) patience: Patience,
+    pub(crate) exchange: Exchange,
+    /// Who passed its last sealed message on to us.
+    pub(crate) through: Option<PeerId>,
 }
 
 /// A handshake we started and that has not succeeded yet.
@@ -126,6 +134,10 @@ impl Talk {
             located: None,
             heard_number: 0,
             revived: None,
+            speaks: false,
+            patience: Patience::new(now),
+            exchange: Exchange::new(now),
+            through: None,
         }
     }
 

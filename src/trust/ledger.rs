@@ -18,6 +18,7 @@ use crate::wire::keys::{ControlKey, Digest32, IdentityKey, InviteKey, NetworkId,
 mod effects;
 mod newest;
 mod rules;
+mod set;
 mod words;
 
 pub use rules::{is_one_machine, is_sane_ipv4_range, is_ula_48};

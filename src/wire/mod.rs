@@ -12,6 +12,7 @@ pub mod nat;
 pub mod nat_pmp;
 pub mod offload;
 pub mod pcp;
+pub mod peer;
 pub mod probe;
 pub mod relay;
 pub mod relay_udp;

@@ -5,12 +5,13 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use meshd::engine::drops::Drop;
-use meshd::engine::session::tunnel::Tunnel;
+use meshd::engine::session::tunnel::{HandshakeResult, Tunnel};
 use meshd::trust::founding::{Terms, invite_record, member_record, revoke_record};
 use meshd::trust::keys::NodeKeys;
 use meshd::trust::record::{Member, Record, RevokeTarget, SignedRecord, member_ipv6};
 use meshd::wire::control::{ToNode, log_head};
 use meshd::wire::keys::Digest32;
+use meshd::wire::peer::{Branch, Have, MARK, Message, Parcel, Piece, Stem, Summary, name_of};
 use meshd::wire::probe::{self, ProbeKeys};
 use meshd::wire::stun::TransactionId;
 use rand::SeedableRng;
@@ -41,6 +42,9 @@ named_runs! {
     shortened_log => shortened_log,
     forgotten_revoke => forgotten_revoke,
     contradicting_digest => contradicting_digest,
+    hidden_removal => hidden_removal,
+    unruly_member => unruly_member,
+    looping_member => looping_member,
 }
 
 /// A running ping may lose less than one in a hundred under attack.
@@ -515,4 +519,202 @@ fn contradicting_digest(seed: u64) {
     stage.sim.forge_control(a, ToNode::Log { from, records: Vec::new(), head: Digest32([9; 32]), end: true });
     assert_eq!(stage.sim.health(a), ["coordinator-inconsistent"]);
     stage.undisturbed();
+}
+
+// ---- what peers know ----
+
+/// Adds a third member, which runs.
+fn third(stage: &mut Stage) -> NodeRef {
+    let site = stage.places.town.site(&mut stage.sim.world, "c", &["linux".parse().unwrap()], None);
+    let host = site.host(&mut stage.sim.world, "c", 1);
+    let c = stage.sim.join("c", host);
+    stage.sim.start(c);
+    assert!(stage.sim.run_until(Duration::from_secs(5), |s| s.is_synced(c)));
+    stage.sim.run_for(Duration::from_secs(2));
+    c
+}
+
+/// It keeps a removal from a node from the beginning, and from the removed one: a peer tells, the node puts the removed one out,
+/// gives the record back, and says who withheld it.
+fn hidden_removal(seed: u64) {
+    let mut stage = stage("hidden_removal", seed, 2_000);
+    let (a, b) = (stage.a, stage.b);
+    let c = third(&mut stage);
+    stage.sim.ping(c, b, 20, Duration::from_millis(50));
+    stage.sim.run_for(Duration::from_secs(3));
+    assert!(stage.sim.is_surely_direct(c, b));
+    let admin = stage.sim.keys(a).identity.signing_key();
+    let target = RevokeTarget::Identity(stage.sim.keys(c).identity_key());
+    let revoke = revoke_record(&admin, stage.sim.network(), target, WALL);
+    stage.sim.withheld = Some((revoke.clone(), vec![b, c]));
+    stage.sim.command(a, meshd::engine::io::Command::Publish { token: 1, records: vec![revoke.clone()] });
+    stage.sim.run_for(Duration::from_secs(1));
+    assert_eq!(stage.sim.status(a).peers.len(), 1, "c is out");
+    let heard = stage.sim.run_until(Duration::from_secs(4), |s| s.status(b).peers.len() == 1);
+    assert!(heard, "b hears of the removal from a");
+    let (source, target) = (stage.sim.node(c).v4, stage.sim.node(b).v4);
+    let before = stage.sim.node(b).received.len();
+    stage.sim.kernel_sends(c, inner::other(source, target, b"still here"));
+    stage.sim.run_for(Duration::from_secs(2));
+    assert_eq!(stage.sim.node(b).received.len(), before);
+    let code = "coordinator-withholds".to_owned();
+    assert!(!stage.sim.health(b).contains(&code), "perhaps the coordinator is only slow");
+    let named = stage.sim.run_until(Duration::from_secs(20), |s| s.health(b).contains(&code));
+    assert!(named, "{:?}", stage.sim.health(b));
+    assert_eq!(stage.sim.health(a), Vec::<String>::new(), "a was told");
+    assert!(stage.sim.machines(b).persisted.contains(&revoke), "and it is kept");
+    // It shows the record after all.
+    stage.sim.withheld = None;
+    stage.sim.kill_server();
+    stage.sim.run_for(Duration::from_millis(100));
+    stage.sim.start_server();
+    let mended = stage.sim.run_until(Duration::from_secs(20), |s| s.is_connected(b) && s.health(b).is_empty());
+    assert!(mended, "{:?}", stage.sim.health(b));
+    stage.undisturbed();
+}
+
+/// A member that is no meshd: it has b's keys, and a session with a.
+struct Insider {
+    tunnel: Tunnel,
+    at: SocketAddr,
+}
+
+impl Insider {
+    fn new(stage: &mut Stage) -> Self {
+        stage.sim.kill(stage.b, false);
+        let (b, key_a) = (stage.sim.keys(stage.b), stage.sim.node(stage.a).wg);
+        let at: SocketAddr = "198.51.100.222:4444".parse().unwrap();
+        let mut room = [0; 200];
+        let mut tunnel = Tunnel::new(&b.wg, &key_a, 77);
+        let len = tunnel.initiate(&mut room, true, stage.sim.now()).unwrap();
+        stage.sim.world.tapped();
+        stage.throw(at, room[..len].to_vec());
+        stage.sim.run_for(Duration::from_millis(300));
+        let answered = stage.sim.world.tapped().into_iter().find(|t| t.destination == at && t.bytes.len() == 92);
+        let response = answered.expect("a answers a member").bytes;
+        let result = tunnel.handshake(at.ip(), &response, &mut room, stage.sim.now());
+        let HandshakeResult::Established { len } = result else { panic!("{result:?}") };
+        stage.throw(at, room[..len].to_vec());
+        Self { tunnel, at }
+    }
+
+    fn says(&mut self, stage: &mut Stage, plain: &[u8]) {
+        let mut out = vec![0; plain.len() + 200];
+        let len = self.tunnel.seal(plain, &mut out, stage.sim.now()).unwrap();
+        stage.throw(self.at, out[..len].to_vec());
+    }
+}
+
+/// Messages that are malformed, forged, too large or too many: each is dropped by its name, nothing is believed, and what they
+/// draw is bounded.
+fn unruly_member(seed: u64) {
+    let mut stage = stage("unruly_member", seed, 1);
+    let a = stage.a;
+    let c = third(&mut stage);
+    let series = stage.sim.ping(a, c, 400, Duration::from_millis(50));
+    stage.sim.run_for(Duration::from_secs(3));
+    let mut insider = Insider::new(&mut stage);
+    let log = stage.sim.machines(a).planner.ledger().log().to_vec();
+
+    let mut dice = Dice::new(seed);
+    let good = Message::Have(Have { answer: false, stem: Stem::ALL, ids: vec![[1; 8]] }).encode();
+    for len in 1..good.len() {
+        insider.says(&mut stage, &good[..len]);
+    }
+    for kind in 0..=255 {
+        let noise = [&[MARK, kind, 0, 60], dice.bytes(60).as_slice()].concat();
+        insider.says(&mut stage, &noise);
+        insider.says(&mut stage, &[MARK ^ 3, kind, 0, 0]);
+        stage.sim.run_for(Duration::from_millis(20));
+    }
+    assert!(stage.dropped(Drop::BadPeerMessage) > 300, "{}", stage.dropped(Drop::BadPeerMessage));
+
+    // Records of its own making, and true ones altered.
+    let mut rng = StdRng::seed_from_u64(seed);
+    let evil = NodeKeys::generate(&mut rng);
+    let (secret, invite) =
+        invite_record(&evil.identity.signing_key(), stage.sim.network(), Terms::default(), WALL, &mut rng);
+    let ipv6 = member_ipv6("fd5d:e51a:b0a7::/48".parse().unwrap(), &evil.identity_key());
+    let network = stage.sim.network();
+    let member = member_record(&evil, &secret, network, "evil", "100.71.0.66".parse().unwrap(), ipv6, WALL);
+    let mut altered = log.last().unwrap().clone();
+    altered.payload = altered.payload.replace("\"c\"", "\"d\"");
+    let before = stage.dropped(Drop::RefusedRecord);
+    for (number, record) in (0u32..).zip([invite, member, altered]) {
+        let parcel = Parcel::Record(record).encode();
+        let total = u32::try_from(parcel.len()).unwrap();
+        insider.says(&mut stage, &Message::Piece(Piece { number, total, offset: 0, bytes: &parcel }).encode());
+        // Its beginning again, its end without a beginning, one that never ends.
+        insider.says(&mut stage, &Message::Piece(Piece { number, total, offset: 0, bytes: &parcel[..9] }).encode());
+        insider.says(&mut stage, &Message::Piece(Piece { number, total, offset: 5, bytes: &parcel[5..] }).encode());
+        let endless = Piece { number: 99, total: 60_000, offset: 0, bytes: &parcel };
+        insider.says(&mut stage, &Message::Piece(endless).encode());
+    }
+    stage.sim.run_for(Duration::from_secs(1));
+    assert_eq!(stage.dropped(Drop::RefusedRecord), before + 3);
+    assert_eq!(stage.sim.machines(a).planner.ledger().log(), log);
+    assert_eq!(stage.sim.health(a), Vec::<String>::new(), "a peer's nonsense is not the coordinator's");
+
+    // It asks for everything, again and again; and lies about what it holds.
+    let sent = |stage: &Stage| stage.sim.node(a).sent_to.values().sum::<u64>() + stage.sim.node(a).relay_sent;
+    let (before, from) = (sent(&stage), stage.sim.now());
+    let nothing = Message::Have(Have { answer: false, stem: Stem::ALL, ids: Vec::new() }).encode();
+    let branch = Message::Branch(Branch { stem: Stem::ALL, digests: [[9; 8]; 16] }).encode();
+    let digest = Digest32([9; 32]);
+    let liar = Summary { settled: false, count: u32::MAX, head: digest, set: digest, mine: u64::MAX, yours: u64::MAX };
+    for _ in 0..400 {
+        for message in [&nothing, &branch, &Message::Summary(liar).encode()] {
+            insider.says(&mut stage, message);
+        }
+        stage.sim.run_for(Duration::from_millis(10));
+    }
+    let seconds = stage.sim.now().since(from).as_secs();
+    // 64 KiB a second of records of at least 600 bytes, 32 messages a second with at most sixteen answers, and what pings take.
+    assert!(sent(&stage) - before <= 128 * 17 + 110 + seconds * (110 + 32 * 17 + 60), "{}", sent(&stage) - before);
+    assert!(stage.dropped(Drop::PeerMessageLimit) > 500, "{}", stage.dropped(Drop::PeerMessageLimit));
+    assert_eq!(stage.sim.machines(a).planner.ledger().log(), log);
+    stage.sim.run_for(Duration::from_secs(2));
+    let lost = stage.sim.unanswered(series);
+    assert!(lost <= 4, "{lost} pings to somebody else were lost");
+    stage.sim.finish();
+}
+
+/// What is to be passed on and should not be: to oneself, to nobody, what is not sealed, what was passed on already, what is not
+/// from whom it says.
+fn looping_member(seed: u64) {
+    let mut stage = stage("looping_member", seed, 1);
+    let (a, b) = (stage.a, stage.b);
+    let c = third(&mut stage);
+    let series = stage.sim.ping(a, c, 300, Duration::from_millis(50));
+    stage.sim.run_for(Duration::from_secs(3));
+    let mut insider = Insider::new(&mut stage);
+    let [of_a, of_b, of_c] = [a, b, c].map(|node| name_of(&stage.sim.node(node).wg));
+    let sealed = [&[0xC1, 1][..], &[5; 90]].concat();
+    let data = [&[4, 0, 0, 0][..], &[5; 90]].concat();
+    let inside = Message::Pass { to: of_c, payload: &sealed }.encode();
+    let refused = [
+        Message::Pass { to: of_b, payload: &sealed },
+        Message::Pass { to: of_a, payload: &sealed },
+        Message::Pass { to: [0; 8], payload: &sealed },
+        Message::Pass { to: of_c, payload: &data },
+        Message::Pass { to: of_c, payload: &inside },
+        Message::Pass { to: of_c, payload: &[] },
+        Message::Passed { from: of_b, payload: &sealed },
+        Message::Passed { from: of_a, payload: &sealed },
+        Message::Passed { from: of_c, payload: &inside },
+    ];
+    for (n, message) in (1..).zip(&refused) {
+        insider.says(&mut stage, &message.encode());
+        stage.sim.run_for(Duration::from_millis(50));
+        assert_eq!(stage.dropped(Drop::NotPassedOn), n, "{message:?}");
+    }
+    // Sealed, but not by whom it says: it is passed on, and does not open.
+    let before = (stage.dropped(Drop::BadSealed), stage.sim.dropped(c, Drop::BadSealed));
+    insider.says(&mut stage, &Message::Passed { from: of_c, payload: &sealed }.encode());
+    insider.says(&mut stage, &Message::Pass { to: of_c, payload: &sealed }.encode());
+    stage.sim.run_for(Duration::from_millis(200));
+    assert_eq!((stage.dropped(Drop::BadSealed), stage.sim.dropped(c, Drop::BadSealed)), (before.0 + 1, before.1 + 1));
+    stage.sim.run_for(Duration::from_secs(2));
+    assert!(stage.sim.unanswered(series) <= 2);
+    stage.sim.finish();
 }

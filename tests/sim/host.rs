@@ -112,7 +112,7 @@ impl Machines {
     /// Something for the planner.
     pub(crate) fn input(&mut self, input: Input, now: Now, wants: &mut Vec<Want>) {
         self.tick(now);
-        if let Input::Notice(Notice::Slow { .. }) = &input {
+        if let Input::Notice(Notice::Slow { .. } | Notice::Message { .. }) = &input {
             self.slow_waiting -= 1;
         }
         self.planner.handle(input, now);
@@ -209,7 +209,7 @@ impl Machines {
         }
         wants.extend(sink.kernel.into_iter().map(Want::ToKernel));
         for notice in sink.notices {
-            if matches!(notice, Notice::Slow { .. }) {
+            if matches!(notice, Notice::Slow { .. } | Notice::Message { .. }) {
                 if self.slow_waiting == SLOW_QUEUE {
                     self.drops.count(Drop::SlowQueueFull);
                     continue;

@@ -154,6 +154,8 @@ pub(crate) struct Sim {
     server: Server,
     server_wants: Vec<server::Want>,
     server_is_deaf: bool,
+    /// A record that the coordinator keeps from these nodes.
+    pub(crate) withheld: Option<(SignedRecord, Vec<NodeRef>)>,
     /// Server-side: which life of which node a connection belongs to.
     peers_of: BTreeMap<(Link, u64), Life>,
     streams: BTreeMap<(Link, u64, bool), Stream>,
@@ -233,6 +235,7 @@ impl Sim {
             server: Server::new(id),
             server_wants: Vec::new(),
             server_is_deaf: false,
+            withheld: None,
             peers_of: BTreeMap::new(),
             streams: BTreeMap::new(),
             next_number: 0,
@@ -1076,6 +1079,9 @@ impl Sim {
             match want {
                 server::Want::Control(conn, message) => {
                     let Some(life) = self.peers_of.get(&(Link::Control, conn.0)).copied() else { continue };
+                    if self.is_withheld(life, &message) {
+                        continue;
+                    }
                     let text = serde_json::to_string(&message).unwrap();
                     self.watch(text.as_bytes());
                     let read = serde_json::from_str(&text).unwrap();
@@ -1095,6 +1101,12 @@ impl Sim {
             }
         }
         debug_assert!(now == self.world.now());
+    }
+
+    fn is_withheld(&self, life: Life, message: &ToNode) -> bool {
+        let ToNode::Log { records, .. } = message else { return false };
+        let kept = self.withheld.as_ref().filter(|(_, from)| from.contains(&NodeRef(life.0)));
+        kept.is_some_and(|(record, _)| records.contains(record))
     }
 
     fn server_closes(&mut self, link: Link, number: u64) {

@@ -114,12 +114,14 @@ impl Planner {
         for missing in self.control.missing.values_mut() {
             missing.restored = false;
         }
-        let (have, head) =
-            self.control.position.unwrap_or_else(|| (self.ledger.log().len() as u64, self.ledger.head()));
+        // What peers send before the coordinator answers must not be taken for read.
+        let here = (self.ledger.log().len() as u64, self.ledger.head());
+        let (have, head) = *self.control.position.get_or_insert(here);
         let re = self.request_number();
         self.say(ToCoordinator::Hello { re, version: PROGRAM.to_owned(), have, head });
         self.control.locating.clear();
         self.control.announced = (Vec::new(), 0);
+        self.look_for_anchors();
         self.announce();
         self.advertise();
     }
@@ -166,8 +168,9 @@ impl Planner {
     pub(super) fn control_down(&mut self, problem: Option<Problem>) {
         if self.control.connected || self.control.down_since.is_none() {
             self.control.down_since = Some(self.now);
+            self.control.connected = false;
+            self.look_for_anchors();
         }
-        self.control.connected = false;
         // Said anew after the next Welcome, if it still is so.
         self.control.relay_spent_since = None;
         self.control.problem = problem.or(self.control.problem.take());
@@ -175,6 +178,7 @@ impl Planner {
         for re in lost {
             self.publication_ended(re, Some(no_answer()));
         }
+        self.log_is_read(None);
     }
 
     pub(super) fn handle_control(&mut self, message: ToNode) {
@@ -241,6 +245,7 @@ impl Planner {
             if let Some(seen) = &mut self.control.comparing {
                 seen.insert(record.id());
             }
+            self.was_shown(&record.id());
             if self.admit(record) {
                 accepted.push(record.clone());
             }
@@ -257,6 +262,7 @@ impl Planner {
                 self.compare(&seen);
             }
             self.restore_missing();
+            self.log_is_read(Some(self.now));
             if !self.control.synced {
                 self.control.synced = true;
                 self.outputs.push_back(Output::Event(Event::Synced));
@@ -264,41 +270,10 @@ impl Planner {
         }
     }
 
-    /// Judges one record and applies what it changes. True: new and accepted.
+    /// Judges one record of the coordinator's. True: new and accepted.
     fn admit(&mut self, record: &SignedRecord) -> bool {
-        match self.ledger.admit(record, Judge::Reader) {
-            Ok(Change::Known) => false,
-            Ok(Change::MemberAdded(identity)) => {
-                if let Some(wg) = self.ledger.member(&identity).map(|m| m.wg)
-                    && wg != self.me.wg
-                {
-                    self.add_peer(identity, wg);
-                }
-                true
-            }
-            Ok(Change::MemberRevoked(identity)) => {
-                if identity == self.me.identity {
-                    self.expelled = true;
-                    self.outputs.push_back(Output::Event(Event::Expelled));
-                } else {
-                    self.remove_peer(&identity);
-                }
-                true
-            }
-            Ok(Change::Founded | Change::AdminAdded(_) | Change::InviteAdded(_) | Change::InviteRevoked(_)) => true,
-            Ok(Change::RouteGranted(_) | Change::RouteRevoked(_)) => {
-                self.routes_changed();
-                true
-            }
-            Ok(Change::AliasChanged(_)) => {
-                self.routes_changed();
-                self.names_changed();
-                true
-            }
-            Ok(Change::NamesChanged) => {
-                self.names_changed();
-                true
-            }
+        match self.judge(record) {
+            Ok(accepted) => accepted,
             Err(Refusal::Record(RecordError::Unreadable)) => {
                 self.control.unreadable_since.get_or_insert(self.now);
                 self.drops.count(Drop::UnreadableControl);
@@ -317,6 +292,37 @@ impl Planner {
                 false
             }
         }
+    }
+
+    /// Judges one record, whoever sent it, and applies what it changes. True: new and accepted.
+    pub(super) fn judge(&mut self, record: &SignedRecord) -> Result<bool, Refusal> {
+        match self.ledger.admit(record, Judge::Reader)? {
+            Change::Known => return Ok(false),
+            Change::MemberAdded(identity) => {
+                if let Some(wg) = self.ledger.member(&identity).map(|m| m.wg)
+                    && wg != self.me.wg
+                {
+                    self.add_peer(identity, wg);
+                }
+            }
+            Change::MemberRevoked(identity) => {
+                if identity == self.me.identity {
+                    self.expelled = true;
+                    self.outputs.push_back(Output::Event(Event::Expelled));
+                } else {
+                    self.remove_peer(&identity);
+                }
+            }
+            Change::Founded | Change::AdminAdded(_) | Change::InviteAdded(_) | Change::InviteRevoked(_) => {}
+            Change::RouteGranted(_) | Change::RouteRevoked(_) => self.routes_changed(),
+            Change::AliasChanged(_) => {
+                self.routes_changed();
+                self.names_changed();
+            }
+            Change::NamesChanged => self.names_changed(),
+        }
+        self.holdings_changed();
+        Ok(true)
     }
 
     /// The whole log was read: what of ours is not in it was taken back.
@@ -345,7 +351,12 @@ impl Planner {
         for missing in self.control.missing.values_mut() {
             missing.restored = true;
         }
-        for chunk in restore.chunks(RESTORE_CHUNK) {
+        self.give_to_coordinator(restore);
+    }
+
+    /// Records that the coordinator lacks.
+    pub(super) fn give_to_coordinator(&mut self, records: Vec<SignedRecord>) {
+        for chunk in records.chunks(RESTORE_CHUNK) {
             tracing::warn!(
                 records = chunk.len(),
                 "the coordinator's log lacks records this node has; giving them back"

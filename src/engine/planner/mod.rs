@@ -4,7 +4,12 @@
 //! | file | what |
 //! |---|---|
 //! | `mod.rs` | the contract: inputs, outputs, deadlines |
+//! | `anchors.rs` | without the coordinator: which peers are kept so that others are found through them |
 //! | `control.rs` | the coordinator's messages; records through the ledger; health of that relation |
+//! | `messages.rs` | messages of peers inside their sessions |
+//! | `exchange.rs` | peers compare what they hold, and send what the other lacks |
+//! | `withheld.rs` | what peers know and the coordinator does not show |
+//! | `pass.rs` | calls and answers through a third node |
 //! | `sessions.rs` | handshakes, timers of WireGuard sessions, when a peer counts as in use |
 //! | `paths.rs` | candidates, rounds, probes; carries out what path agents decide |
 //! | `fresh.rs` | rounds from a fresh port |
@@ -17,12 +22,16 @@
 //! | `status.rs` | the status document |
 //! | `why.rs` | `meshd why`: what is known of a peer's path, from both ends |
 
+mod anchors;
 mod control;
+pub(crate) mod exchange;
 mod fresh;
 mod heavy;
 mod limits;
 mod memory;
+pub(crate) mod messages;
 mod names;
+mod pass;
 mod paths;
 mod pings;
 mod routes;
@@ -30,6 +39,7 @@ mod sessions;
 mod status;
 mod stun;
 mod why;
+mod withheld;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -61,6 +71,7 @@ use crate::wire::classify::{Kind, classify};
 use crate::wire::keys::{IdentityKey, NetworkId, WgKey};
 use crate::wire::local::Netcheck;
 use crate::wire::nat::Mapper;
+use crate::wire::peer::name_of;
 use crate::wire::probe::ProbeKeys;
 
 pub use limits::{Limits, MOST_SOCKETS};
@@ -136,6 +147,12 @@ pub enum Why {
     Advertise,
     /// A router that the coordinator misses may have fallen silent.
     Routers,
+    /// A peer is to be told what this node holds.
+    Compare(PeerId),
+    /// Without the coordinator: peers to look for at their last addresses.
+    Anchors,
+    /// The coordinator is to be given what peers know and it does not show.
+    Withheld,
 }
 
 /// See the module.
@@ -158,6 +175,8 @@ pub struct Planner {
     by_wg: HashMap<WgKey, PeerId, FxBuildHasher>,
     by_index: HashMap<u32, PeerId, FxBuildHasher>,
     by_name: HashMap<[u8; 8], PeerId, FxBuildHasher>,
+    /// By the first bytes of the WireGuard key, as messages of peers name nodes.
+    by_short: HashMap<[u8; 8], PeerId, FxBuildHasher>,
     indices: IndexAllocator,
 
     addresses: Vec<LocalAddress>,
@@ -183,6 +202,11 @@ pub struct Planner {
     interface_mtu: u16,
 
     control: control::Control,
+    withheld: withheld::Withheld,
+    set_digest: exchange::SetDigest,
+    anchors: anchors::Anchors,
+    /// Where peers see this node, when no STUN server tells.
+    observed: Vec<stun::Observed>,
     routes: routes::RouteBook,
     relay_up: bool,
     relay_down_since: Option<Now>,
@@ -234,6 +258,7 @@ impl Planner {
             by_wg: HashMap::default(),
             by_index: HashMap::default(),
             by_name: HashMap::default(),
+            by_short: HashMap::default(),
             addresses: Vec::new(),
             reflexive: Reflexive::new(),
             report: None,
@@ -250,6 +275,10 @@ impl Planner {
             mapper: Mapper::Unknown,
             interface_mtu: BASE,
             control: control::Control::new(now),
+            withheld: withheld::Withheld::default(),
+            set_digest: None,
+            anchors: anchors::Anchors::default(),
+            observed: Vec::new(),
             routes: routes::RouteBook::new(config.routes),
             relay_up: false,
             relay_down_since: Some(now),
@@ -265,6 +294,7 @@ impl Planner {
             planner.add_peer(identity, wg);
         }
         planner.remember_adverts(config.adverts);
+        planner.look_for_anchors();
         Ok(planner)
     }
 
@@ -364,6 +394,9 @@ impl Planner {
                 Why::Control => self.control_due(),
                 Why::Advertise => self.advertise(),
                 Why::Routers => self.routes_changed(),
+                Why::Compare(peer) => self.compare_due(peer),
+                Why::Anchors => self.anchors_due(),
+                Why::Withheld => self.withheld_due(),
             }
         }
     }
@@ -384,6 +417,7 @@ impl Planner {
             Notice::NeedSession(peer) => self.need_session(peer),
             Notice::Active(peer) => self.became_active(peer),
             Notice::Slow { via, bytes } => self.handle_slow(&via, &bytes),
+            Notice::Message { peer, bytes } => self.handle_message(peer, &bytes),
             Notice::Roamed { peer, via } => self.roamed(peer, &via),
             Notice::Confirmed(peer) => self.session_confirmed(peer),
             Notice::UnknownIndex(key) => self.lost_session(&key),
@@ -402,9 +436,12 @@ impl Planner {
     }
 
     fn relay_changed(&mut self, up: bool) {
-        self.relay_up = up;
+        let changed = std::mem::replace(&mut self.relay_up, up) != up;
         self.relay_down_since = if up { None } else { self.relay_down_since.or(Some(self.now)) };
         self.reselect_relay();
+        if changed {
+            self.look_for_anchors();
+        }
         if up {
             // Handshakes that found no way out need not wait for their next repetition.
             let waiting: Vec<PeerId> =
@@ -429,6 +466,7 @@ impl Planner {
         let owns = self.prefixes_of(&identity);
         self.by_identity.insert(identity, id);
         self.by_wg.insert(wg, id);
+        self.by_short.insert(name_of(&wg), id);
         let traffic = Arc::clone(&peer.traffic);
         self.update(Update::Peer { peer: id, key: wg, admits: owns.clone(), owns, traffic });
         self.peers.push(Some(peer));
@@ -442,6 +480,7 @@ impl Planner {
         let Some(peer) = self.peers.get_mut(id.0 as usize).and_then(Option::take) else { return };
         self.release_sockets(id);
         self.by_wg.remove(&peer.wg);
+        self.by_short.remove(&name_of(&peer.wg));
         self.awaiting_stun.remove(&id);
         if let Some(talk) = &peer.talk {
             self.by_name.remove(&talk.keys.inbound_name());
@@ -450,7 +489,7 @@ impl Planner {
                 self.indices.free(talk.index);
             }
         }
-        for why in [Why::Session(id), Why::Path(id), Why::Idle(id)] {
+        for why in [Why::Session(id), Why::Path(id), Why::Idle(id), Why::Compare(id)] {
             self.timers.set(why, None);
         }
         self.update(Update::Gone(id));

@@ -188,6 +188,11 @@ impl Planner {
             if is_direct {
                 self.remember_success(id);
             }
+            if was == Path::None {
+                // A handshake that found no way out need not wait for its next repetition.
+                self.repeat_handshake(id);
+                self.compare_soon(id);
+            }
             if is_direct && self.heavy.as_ref().is_some_and(|h| h.peer == id) {
                 self.stop_heavy();
             }
@@ -256,13 +261,16 @@ impl Planner {
         let Some(talk) = peer.talk.as_deref() else { return };
         let via = Via::Relay { peer: peer.wg };
         let bytes = probe::seal(&talk.keys, &message, nonce);
+        if !self.relay_leads_to(id) {
+            self.pass_on(id, &bytes);
+        }
         self.send(via, bytes);
     }
 
     pub(super) fn candidates(&self) -> Vec<Candidate> {
         gather(
             self.port_mapping.as_ref().map(|m| m.external),
-            &self.reflexive.addresses(),
+            &self.outside_addresses(),
             &self.addresses,
             self.port_v4,
             self.port_v6,
@@ -274,7 +282,7 @@ impl Planner {
     fn candidates_for(&self, id: PeerId) -> Vec<Candidate> {
         let talk = self.peer(id).and_then(|p| p.talk.as_deref());
         let Some(talk) = talk.filter(|t| t.agent.fresh_port().is_some()) else { return self.candidates() };
-        let v6 = self.reflexive.addresses().into_iter().filter(SocketAddr::is_ipv6);
+        let v6 = self.outside_addresses().into_iter().filter(SocketAddr::is_ipv6);
         let reflexive: Vec<SocketAddr> = talk.fresh_addresses.iter().copied().chain(v6).collect();
         let mapped = self.port_mapping.as_ref().map(|m| m.external);
         gather(mapped, &reflexive, &self.addresses, self.port_v4, self.port_v6, &self.mesh)
@@ -301,6 +309,7 @@ impl Planner {
             }
         };
         talk.heard_number = message.n;
+        self.speaks(id);
         if matches!(message.kind, MessageKind::Call | MessageKind::Answer) {
             let theirs = NatView {
                 mapping: message.mapping.clone(),
@@ -399,6 +408,8 @@ impl Planner {
             match probe::decode_response(&talk.keys, bytes) {
                 Ok(response) => {
                     let Some(from) = Leg::of(via) else { return };
+                    self.speaks(id);
+                    self.was_observed(id, from, response.observed);
                     let ours =
                         self.with_agent(id, |agent, _, cx| agent.heard_answer_to_probe(&txid, from, response.len, cx));
                     if ours == Some(true) {
@@ -427,7 +438,9 @@ impl Planner {
             self.drops.count(Drop::BadProbe);
             return;
         };
-        if !talk.agent.may_answer(now) {
+        let may_answer = talk.agent.may_answer(now);
+        self.speaks(id);
+        if !may_answer {
             self.drops.count(Drop::ProbeLimit);
             return;
         }

@@ -123,6 +123,7 @@ impl Planner {
         let signed = SignedAdvert::sign(&advert, &self.keys.identity.signing_key());
         self.keep_advert(advert, signed);
         self.advertise();
+        self.holdings_changed();
     }
 
     /// Tells the coordinator what this node leads to, if it leads anywhere or did.
@@ -136,6 +137,16 @@ impl Planner {
             self.routes.unknown_since = None;
             self.say(ToCoordinator::Advertise { re, advert });
         }
+    }
+
+    /// The number of a member's newest advertisement; 0: none is known.
+    pub(super) fn advert_number(&self, of: &IdentityKey) -> u64 {
+        self.routes.adverts.get(of).map_or(0, |heard| heard.advert.number)
+    }
+
+    /// This node's own newest advertisement.
+    pub(super) fn own_advert(&self) -> Option<SignedAdvert> {
+        self.routes.adverts.get(&self.me.identity).map(|heard| heard.signed.clone())
     }
 
     /// The coordinator refused a request; true: it was our advertisement.

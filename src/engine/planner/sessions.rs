@@ -198,6 +198,7 @@ impl Planner {
                 // First the workers learn that they may send, then the peer does.
                 self.update(Update::Established(id));
                 self.send(*via, out[..len].to_vec());
+                self.compare_soon(id);
             }
             HandshakeResult::Reply { len } => self.send(*via, out[..len].to_vec()),
             HandshakeResult::CookieStored => {}
@@ -212,6 +213,7 @@ impl Planner {
             talk.handshake = None;
         }
         self.schedule_session(id);
+        self.compare_soon(id);
     }
 
     /// A timer of the peer's session or of our handshake.

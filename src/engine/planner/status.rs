@@ -269,7 +269,8 @@ impl Planner {
                 "make a direct path possible (`meshd netcheck`), or raise `--relay-monthly` on the coordinator",
             );
         }
-        if let Some(since) = self.reflexive.unanswered_since().filter(|at| now.since(*at) >= UDP_BLOCKED_AFTER) {
+        let no_stun = self.reflexive.unanswered_since().filter(|_| control.connected);
+        if let Some(since) = no_stun.filter(|at| now.since(*at) >= UDP_BLOCKED_AFTER) {
             add(
                 "udp-blocked",
                 Severity::Warning,
@@ -303,6 +304,19 @@ impl Planner {
                 since,
                 text,
                 "it was restored from an old backup, or is hostile; this node keeps what it has seen and gives it back",
+            );
+        }
+        if let Some((records, removals, since)) = self.kept_back(now) {
+            let what = match removals {
+                0 => format!("{records} record(s)"),
+                n => format!("{n} removal(s) among {records} record(s)"),
+            };
+            add(
+                "coordinator-withholds",
+                Severity::Error,
+                since,
+                format!("the coordinator does not show {what} that other nodes know; they hold here"),
+                "it may be hostile or have lost its data: check the server; this node has given them back",
             );
         }
         if let Some(since) = control.inconsistent_since {

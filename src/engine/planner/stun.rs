@@ -5,13 +5,28 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 
 use crate::engine::io::{LocalAddress, PeerId, PortMapping, Via};
+use crate::engine::path::Leg;
 use crate::engine::path::candidate::{open_among, usable};
 use crate::engine::path::reason::{NatView, behaviour};
 use crate::engine::path::reflexive::{FRESH, Question};
 use crate::engine::planner::{Planner, Why};
+use crate::time::Now;
 use crate::wire::local::Netcheck;
 use crate::wire::nat::Mapper;
 use crate::wire::stun::{self, Change};
+
+/// What peers saw counts for so long; a kept one is asked every 15 s.
+const OBSERVED_FOR: std::time::Duration = std::time::Duration::from_secs(60);
+/// Peers whose word is kept.
+const OBSERVERS: usize = 4;
+
+/// Where a peer saw this node's probe come from.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Observed {
+    by: PeerId,
+    addr: SocketAddr,
+    at: Now,
+}
 
 impl Planner {
     pub(super) fn addresses_changed(&mut self, mut addresses: Vec<LocalAddress>) {
@@ -32,6 +47,7 @@ impl Planner {
     /// Addresses, NAT or the time itself changed: learn the reflexive addresses anew and verify every path.
     pub(super) fn network_changed(&mut self) {
         self.reflexive.forget();
+        self.observed.clear();
         self.ask_stun();
         let ids: Vec<PeerId> = self.talking().filter(|(_, t)| t.is_wanted(self.now)).map(|(id, _)| id).collect();
         for id in ids {
@@ -114,6 +130,36 @@ impl Planner {
         true
     }
 
+    /// A peer says where it saw our probe come from. That counts while the coordinator's STUN servers are gone.
+    pub(super) fn was_observed(&mut self, by: PeerId, leg: Leg, addr: SocketAddr) {
+        let at = self.now;
+        let main = leg == Leg::main(leg.remote) && addr.is_ipv4() == leg.remote.is_ipv4();
+        if self.control.connected || !main || !usable(&addr, &self.mesh) || self.is_own(&addr) {
+            return;
+        }
+        let known = self.observed.iter().any(|seen| seen.addr == addr && at.since(seen.at) < OBSERVED_FOR);
+        self.observed.retain(|seen| seen.by != by && at.since(seen.at) < OBSERVED_FOR);
+        if self.observed.len() >= OBSERVERS {
+            self.observed.remove(0);
+        }
+        self.observed.push(Observed { by, addr, at });
+        if !known {
+            self.tell_new_candidates();
+        }
+    }
+
+    /// Where this node is seen from outside: by STUN servers, and without a coordinator by peers.
+    pub(super) fn outside_addresses(&self) -> Vec<SocketAddr> {
+        let mut addresses = self.reflexive.addresses();
+        let counts = |seen: &&Observed| !self.control.connected && self.now.since(seen.at) < OBSERVED_FOR;
+        for seen in self.observed.iter().filter(counts) {
+            if !addresses.contains(&seen.addr) {
+                addresses.push(seen.addr);
+            }
+        }
+        addresses
+    }
+
     /// Peers that are being looked for without an address that is known by now are called (again).
     fn tell_new_candidates(&mut self) {
         let known = self.candidates();
@@ -174,7 +220,9 @@ impl Planner {
 
     /// What this node knows of its NAT: the full report where there is one, else what two servers seen differently tell.
     fn refresh_nat_view(&mut self) {
-        let mut view = NatView { udp: self.reflexive.udp_works(), ..NatView::default() };
+        // The STUN servers are the coordinator's: when it is gone their silence says nothing of UDP.
+        let udp = self.reflexive.udp_works().filter(|works| *works || self.control.connected);
+        let mut view = NatView { udp, ..NatView::default() };
         if let Some(report) = &self.report {
             view.mapping.clone_from(&report.mapping);
             view.filtering.clone_from(&report.filtering);

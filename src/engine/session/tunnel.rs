@@ -24,7 +24,7 @@ use crate::time::Now;
 use crate::trust::keys::Secret32;
 use crate::wire::classify::{Kind, classify};
 use crate::wire::keys::WgKey;
-use crate::wire::wireguard;
+use crate::wire::{peer, wireguard};
 
 /// A session's initiator starts the next handshake when it sends with a session this old.
 pub const REKEY_AFTER_TIME: Duration = Duration::from_secs(120);
@@ -57,6 +57,13 @@ const RING: usize = 8;
 pub enum Opened {
     /// The first `len` bytes of the buffer are an inner packet.
     Packet {
+        /// Bytes.
+        len: usize,
+        /// This message made a session usable for sending.
+        established: bool,
+    },
+    /// The first `len` bytes of the buffer are a message of the peer's planner ([`crate::wire::peer`]), padding included.
+    Message {
         /// Bytes.
         len: usize,
         /// This message made a session usable for sending.
@@ -277,13 +284,17 @@ impl Tunnel {
             return Opened::Error(OpenError::UnknownSession);
         };
         sync_clock(now);
-        let len = match self.tunn.decapsulate(from, datagram, out) {
+        let result = match self.tunn.decapsulate(from, datagram, out) {
             TunnResult::WriteToTunnelV4(packet, _) => Ok(packet.len()),
             TunnResult::WriteToTunnelV6(packet, _) => Ok(packet.len()),
             TunnResult::Done => Ok(0),
             TunnResult::Err(e) => Err(open_error(&e)),
             TunnResult::WriteToNetwork(_) => Err(OpenError::Other),
         };
+        // What is no IP packet boringtun has opened all the same, where it would have put a packet.
+        let inner = datagram.len() - DATA_OVERHEAD;
+        let message = result == Err(OpenError::BadInner) && out.get(..inner).is_some_and(peer::is_message);
+        let len = if message { Ok(inner) } else { result };
         if !matches!(len, Ok(_) | Err(OpenError::BadInner)) {
             return Opened::Error(len.err().unwrap_or(OpenError::Other));
         }
@@ -302,7 +313,8 @@ impl Tunnel {
                     self.keepalive_due = Some(now + KEEPALIVE_TIMEOUT);
                 }
                 self.rekey |= session.initiator && now.since(session.since) >= REKEY_ON_RECEIVE;
-                Opened::Packet { len, established: std::mem::take(&mut self.announce) }
+                let established = std::mem::take(&mut self.announce);
+                if message { Opened::Message { len, established } } else { Opened::Packet { len, established } }
             }
         }
     }

@@ -2,17 +2,21 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
+use meshd::cli::demo::net::{Nat, tool};
 use meshd::wire::local::PathKind;
 
 use crate::net;
 use crate::runner::{Case, case};
-use crate::world::{Icmp, Node, ensure, eventually, let_pass, until};
+use crate::world::{Icmp, Node, World, ensure, eventually, let_pass, until};
+
+use super::healing::move_to;
 
 pub fn cases() -> Vec<Case> {
     vec![
         case("coordinator::killed_direct_peers_talk_on_and_all_reconnect_within_ten_seconds", killed_and_back),
         case("coordinator::away_nodes_restart_from_disk_and_find_each_other", restart_without_it),
+        case("coordinator::gone_for_good_nodes_behind_nats_find_each_other_through_each_other", through_each_other),
         Case {
             name: "coordinator::killed_fifty_times_it_keeps_every_answered_request",
             limit: Duration::from_secs(900),
@@ -64,6 +68,105 @@ fn restart_without_it() -> Result<()> {
     }
     let seen = nodes[0].icmp(nodes[1].address(true)?, &["-c", "5", "-i", "0.2", "-W", "5"])?;
     ensure(seen.received >= 4, || format!("after both restarted without a coordinator: {seen:?}"))
+}
+
+/// How soon every pair answers.
+const ALL_ANSWER: Duration = Duration::from_secs(10);
+
+/// ```text
+///   hub .31 ──┐   coordinator .10/.11, deleted
+///             ├── internet
+///   [NAT ra .21] a   [NAT rb .22] b   [NAT rc .23] d, later behind [NAT rd .24]
+/// ```
+///
+/// While d is off an admin removes `gone`: d can hear of that from peers only.
+fn through_each_other() -> Result<()> {
+    let world = World::new()?;
+    let internet = &world.internet;
+    let routers = [("ra", 21), ("rb", 22), ("rc", 23), ("rd", 24)]
+        .map(|(name, number)| internet.router(name, number, Nat::Home))
+        .into_iter()
+        .collect::<Result<Vec<_>>>()?;
+    let machines = [
+        ("hub", internet.host("hub", 31)?),
+        ("a", routers[0].lan.host("a", 2)?),
+        ("b", routers[1].lan.host("b", 2)?),
+        ("d", routers[2].lan.host("d", 2)?),
+        ("gone", internet.host("gone", 32)?),
+    ];
+    let machines: Vec<(&str, &_)> = machines.iter().map(|(name, machine)| (*name, machine)).collect();
+    let mut nodes = world.join(&machines)?;
+    let gone = nodes.pop().context("five joined")?;
+    for (i, from) in nodes.iter().enumerate() {
+        for to in &nodes[i + 1..] {
+            from.ping_until_direct(&to.name)?;
+            to.ping_until_direct(&from.name)?;
+        }
+    }
+    let addresses = nodes.iter().map(|node| node.address(true)).collect::<Result<Vec<_>>>()?;
+    let away = &nodes[3];
+    away.run(&["down"])?;
+    nodes[0].run(&["remove", "gone"])?;
+    eventually("the removal is known", Duration::from_secs(5), || {
+        ensure(nodes[1].peer("gone").is_err(), || "a still lists it".to_owned())
+    })?;
+    gone.run(&["down"]).ok();
+    let World { internet, mut coordinator } = world;
+    coordinator.kill()?;
+    let deleted = tool("ip").args(["netns", "delete", coordinator.node.namespace.name()]).status()?;
+    ensure(deleted.success(), || "the coordinator's namespace cannot be deleted".to_owned())?;
+    for node in &nodes[..3] {
+        node.run(&["down"])?;
+    }
+    move_to(&away.namespace, &routers[3], 2)?;
+    for router in &routers[..3] {
+        // The interface goes down: the kernel forgets what was masqueraded there.
+        router.namespace.ip("link set wan down")?;
+        router.namespace.ip("link set wan up")?;
+    }
+
+    // They come up from disk, at the same time, each after waiting for the coordinator in vain.
+    std::thread::scope(|scope| {
+        let starting: Vec<_> = nodes.iter().map(|node| scope.spawn(|| node.run(&["up", "--timeout", "20s"]))).collect();
+        starting.into_iter().try_for_each(|up| up.join().map_err(|_| anyhow!("a thread panicked"))?.map(drop))
+    })?;
+    let start = Instant::now();
+    let pairs = || {
+        let all =
+            nodes.iter().flat_map(|from| nodes.iter().zip(&addresses).map(move |(to, address)| (from, to, *address)));
+        all.filter(|(from, to, _)| from.name != to.name)
+    };
+    let answered: Vec<Duration> = std::thread::scope(|scope| {
+        let asking: Vec<_> = pairs()
+            .map(|(from, to, address)| {
+                scope.spawn(move || {
+                    let what = format!("{} answers {}", to.name, from.name);
+                    eventually(&what, ALL_ANSWER, || {
+                        let seen = from.icmp(address, &["-c", "1", "-W", "1"])?;
+                        ensure(seen.received == 1, || format!("path {:?}", from.peer(&to.name).map(|p| p.path)))?;
+                        Ok(start.elapsed())
+                    })
+                })
+            })
+            .collect();
+        asking.into_iter().map(|ping| ping.join().map_err(|_| anyhow!("a thread panicked"))?).collect::<Result<_>>()
+    })?;
+    println!(
+        "{} pairs answered, the last after {} ms",
+        answered.len(),
+        answered.iter().max().map_or(0, Duration::as_millis)
+    );
+    eventually("all is direct again", Duration::from_secs(10), || {
+        pairs().try_for_each(|(from, to, _)| {
+            ensure(from.path(&to.name)? == PathKind::Direct, || format!("{} to {} is not direct", from.name, to.name))
+        })
+    })?;
+    eventually("d knows of the removal", Duration::from_secs(10), || {
+        ensure(away.peer("gone").is_err(), || "it lists gone".to_owned())
+    })?;
+    // The internet is no longer needed.
+    drop(internet);
+    Ok(())
 }
 
 /// Each round: while an invite is asked for and a machine joins with the last answered one, the coordinator is killed,

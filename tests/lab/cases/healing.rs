@@ -181,7 +181,7 @@ fn blackhole(there: bool, back: bool) -> Result<()> {
 }
 
 /// Pulls the machine's cable and plugs it in elsewhere.
-fn move_to(machine: &Namespace, router: &Router, number: u8) -> Result<()> {
+pub(super) fn move_to(machine: &Namespace, router: &Router, number: u8) -> Result<()> {
     machine.ip("link del eth0")?;
     router.lan.plug(machine, "eth0")?;
     router.lan.number(machine, "eth0", number)

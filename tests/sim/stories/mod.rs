@@ -31,6 +31,7 @@ mod same_place;
 mod sleep_8_hours;
 mod small_mtu;
 mod symmetric_pair;
+mod through_each_other;
 mod udp_comes_back;
 mod unknown_peers;
 mod upgrade;
@@ -63,6 +64,7 @@ named_runs! {
     sleep_8_hours => sleep_8_hours::run,
     small_mtu => small_mtu::run,
     symmetric_pair => symmetric_pair::run,
+    through_each_other => through_each_other::run,
     udp_comes_back => udp_comes_back::run,
     unknown_peers => unknown_peers::run,
     upgrade => upgrade::run,

@@ -143,6 +143,24 @@ fn a_first_message_that_is_no_packet_establishes_and_the_next_one_says_so() {
 }
 
 #[test]
+fn a_message_of_the_peer_s_planner_is_told_from_a_packet_and_may_establish_too() {
+    let Pair { mut a, mut b, now } = fresh();
+    let init = initiation(&mut a, now);
+    let response = reply(&mut b, &init, now).unwrap();
+    let _lost = reply(&mut a, &response, now).unwrap();
+    let message = peer::Message::NoWay { to: [7; 8] }.encode();
+    let datagram = sealed(&mut a, &message, now);
+    let mut out = [0; 200];
+    let opened = b.open(None, &datagram, &mut out, now);
+    assert_eq!(opened, Opened::Message { len: message.len(), established: true });
+    assert_eq!(peer::Message::decode(&out[..message.len()]), Ok(peer::Message::NoWay { to: [7; 8] }));
+    assert!(b.can_send(now));
+    // It is data: who has nothing else to say answers with a keepalive.
+    assert!(b.next_tick(now).is_some_and(|at| at <= now + KEEPALIVE_TIMEOUT));
+    assert_eq!(b.open(None, &datagram, &mut out, now), Opened::Error(OpenError::Replayed));
+}
+
+#[test]
 fn trap_b2_the_first_initiation_is_written_at_once_and_idle_costs_nothing() {
     let Pair { mut a, now, .. } = fresh();
     assert_eq!(a.next_tick(now), None);
