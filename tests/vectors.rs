@@ -147,6 +147,8 @@ fn advert() -> SignedAdvert {
         number: NOW * 1_000_000,
         routes: vec!["192.168.1.0/24".parse().unwrap(), "2001:db8:1::/48".parse().unwrap()],
         resting: vec!["0.0.0.0/0".parse().unwrap()],
+        draining: Vec::new(),
+        lan: Vec::new(),
     };
     SignedAdvert::sign(&advert, &home.keys.identity.signing_key())
 }

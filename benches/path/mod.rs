@@ -182,7 +182,14 @@ impl InboundSink for Sink {
 fn introduce(tunnel: Tunnel, key: WgKey, ip: IpAddr) -> [Update; 4] {
     let index = tunnel.index();
     [
-        Update::Peer { peer: PEER, key, owns: vec![ip.into()], admits: vec![ip.into()], traffic: Arc::default() },
+        Update::Peer {
+            peer: PEER,
+            key,
+            owns: vec![ip.into()],
+            admits: vec![ip.into()],
+            keeps: vec![],
+            traffic: Arc::default(),
+        },
         Update::Tunnel { peer: PEER, tunnel: Arc::new(Mutex::new(tunnel)), index },
         Update::Path { peer: PEER, path: Path::Direct { socket: SocketId::V4, remote: REMOTE } },
         Update::Mtu { peer: PEER, size: 1420, settled: true },

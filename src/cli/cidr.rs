@@ -4,6 +4,8 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
+use crate::wire::local::RouteProbe;
+
 /// Several prefixes, with commas between.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Prefixes(pub(super) Vec<IpNet>);
@@ -51,9 +53,48 @@ pub(super) fn parse_list(text: &str) -> Result<Prefixes, String> {
     text.split(',').map(parse).collect::<Result<_, _>>().map(Prefixes)
 }
 
+/// Machines to probe, with commas between.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Probes(pub(super) Vec<RouteProbe>);
+
+/// Parses `192.168.1.0/24=192.168.1.10`, or several; `none` is the empty list.
+///
+/// # Errors
+/// A sentence that names the first mistake.
+pub(super) fn parse_probes(text: &str) -> Result<Probes, String> {
+    if text.trim() == NONE {
+        return Ok(Probes(Vec::new()));
+    }
+    text.split(',').map(probe).collect::<Result<_, _>>().map(Probes)
+}
+
+fn probe(text: &str) -> Result<RouteProbe, String> {
+    let text = text.trim();
+    let (prefix, target) = text
+        .split_once('=')
+        .ok_or_else(|| format!("{text:?} names no machine; write for example 192.168.1.0/24=192.168.1.10"))?;
+    let prefix = parse(prefix)?;
+    let target: IpAddr = target.trim().parse().map_err(|_| format!("{target:?} is no address of a machine"))?;
+    if target.is_ipv4() != prefix.addr().is_ipv4() {
+        return Err(format!("{target} is not of the same family as {prefix}"));
+    }
+    Ok(RouteProbe { prefix, target })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn machines_to_probe_are_read_and_mistakes_named() {
+        let said = |text: &str| parse_probes(text).map(|p| p.0.len());
+        assert_eq!(said("none"), Ok(0));
+        assert_eq!(said("192.168.1.0/24=192.168.1.10, fd00:1::/64=fd00:1::9"), Ok(2));
+        assert!(said("192.168.1.0/24").unwrap_err().contains("names no machine"));
+        assert!(said("192.168.1.1/24=192.168.1.10").unwrap_err().contains("did you mean 192.168.1.0/24"));
+        assert!(said("192.168.1.0/24=printer").unwrap_err().contains("no address"));
+        assert!(said("192.168.1.0/24=fd00::1").unwrap_err().contains("family"));
+    }
 
     #[test]
     fn what_people_write_is_understood() {

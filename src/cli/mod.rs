@@ -12,6 +12,7 @@ pub mod coordinator;
 pub mod demo;
 mod dns;
 mod down;
+mod drain;
 mod duration;
 pub mod error;
 mod footprint;
@@ -136,6 +137,8 @@ pub enum Command {
     Routes(routes::Args),
     /// List the names besides those of nodes, and give names addresses (admin nodes only)
     Dns(dns::Args),
+    /// Move traffic away from this node before work on it, and back
+    Drain(drain::Args),
     /// Show or change what this node is set up to do: routes, exit node
     Set(set::Args),
     /// List what meshd changed on this machine, or undo what a killed daemon left
@@ -198,6 +201,7 @@ fn dispatch(cli: &Cli) -> Result<(), CliError> {
     match &cli.command {
         Command::Up(args) => up::run(args, global),
         Command::Down => down::run(global),
+        Command::Drain(args) => drain::run(args, global),
         Command::Status(args) => status::run(args, global),
         Command::Ping(args) => ping::run(args, global),
         Command::Why(args) => why::run(args, global),

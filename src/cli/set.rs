@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use crate::cli::cidr::{self, Prefixes};
+use crate::cli::cidr::{self, Prefixes, Probes};
 use crate::cli::error::{CliError, Kind};
 use crate::cli::output::{BOLD, paint};
 use crate::cli::{Global, client, duration};
-use crate::wire::local::{Call, Response, SettingsChange, SettingsDocument};
+use crate::wire::local::{Call, Response, RouteProbe, SettingsChange, SettingsDocument};
 
 /// Settings of a node that `meshd up` and `meshd set` take. Each is kept until it is given otherwise.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -39,6 +39,10 @@ pub(super) struct Routing {
     /// Run this program with each event as JSON on its standard input, or none (docs/reference/events.md)
     #[arg(long, value_name = "PROGRAM")]
     on_event: Option<String>,
+    /// Machine that shows by its answers that a subnet is reached, such as 192.168.1.0/24=192.168.1.10, or
+    /// none [default: whoever has answered before]
+    #[arg(long, value_name = "CIDR=ADDRESS,…", value_parser = cidr::parse_probes)]
+    probe: Option<Probes>,
 }
 
 impl Routing {
@@ -53,6 +57,8 @@ impl Routing {
             exit_node_allow_lan_access: self.exit_node_allow_lan_access,
             kill_switch: self.kill_switch,
             on_event: self.on_event.clone(),
+            probes: self.probe.as_ref().map(|list| list.0.clone()),
+            ..SettingsChange::default()
         }
     }
 }
@@ -101,6 +107,13 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
     output.show(&set, text)
 }
 
+fn probes(probes: &[RouteProbe]) -> String {
+    match probes {
+        [] => "whoever has answered before".to_owned(),
+        some => some.iter().map(|p| format!("{}={}", p.prefix, p.target)).collect::<Vec<_>>().join(", "),
+    }
+}
+
 fn text(set: &SettingsDocument) -> String {
     let yes = |on: bool| if on { "yes" } else { "no" }.to_owned();
     let list = |prefixes: &[ipnet::IpNet]| match prefixes {
@@ -113,6 +126,8 @@ fn text(set: &SettingsDocument) -> String {
         ("accept-routes", yes(set.accept_routes)),
         ("accept-dns", yes(set.accept_dns)),
         ("snat", yes(set.snat)),
+        ("drain", yes(set.drain)),
+        ("probe", probes(&set.probes)),
         ("exit-node", set.exit_node.clone().unwrap_or_else(|| "none".to_owned())),
         ("exit-node-allow-lan-access", yes(set.exit_node_allow_lan_access)),
         ("kill-switch", yes(set.kill_switch)),

@@ -37,8 +37,8 @@ use crate::trust::record::{RevokeTarget, SignedRecord};
 use crate::trust::token::InviteToken;
 use crate::wire::keys::ControlKey;
 use crate::wire::local::{
-    Call, CounterValue, CounterValues, DnsChanges, DnsWord, DropCount, MAX_DNS_WORDS, MAX_REQUEST, PathKind, PeerWhy,
-    Pong, Problem, Removed, Request, Response, RouteChange, RouteList, Status, TokenReply,
+    Call, CounterValue, CounterValues, DnsChanges, DnsWord, Drained, DropCount, MAX_DNS_WORDS, MAX_REQUEST, PathKind,
+    PeerWhy, Pong, Problem, Removed, Request, Response, RouteChange, RouteList, SettingsChange, Status, TokenReply,
 };
 use crate::wire::version;
 
@@ -361,6 +361,17 @@ impl Api {
                 }
                 let set = self.planner.with(move |planner, _| desk.document(planner)).await?;
                 out.write(&Response::Settings(set)).await?;
+            }
+            Call::Drain { on } => {
+                let desk = self.settings.clone();
+                let drained = self.planner.with(move |planner, now| {
+                    let already = desk.get().drain == on;
+                    let change = SettingsChange { drain: Some(on), ..SettingsChange::default() };
+                    desk.change(&change, None, planner, now)?;
+                    let routes = planner.shared_routes();
+                    Ok::<_, Problem>(Drained { schema: version::LOCAL, draining: on, already, routes })
+                });
+                out.write(&Response::Drained(drained.await??)).await?;
             }
             Call::Routes => {
                 let shadowed = self.shadowed.borrow().clone();

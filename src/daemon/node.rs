@@ -348,6 +348,15 @@ impl Node {
             settings: settings.watch(),
             health: health.clone(),
         });
+        let behind = routing::behind::run(routing::behind::Wiring {
+            netlink: Netlink::connect().map_err(netlink_problem)?,
+            changes: Changes::watch().map_err(netlink_problem)?,
+            index: own,
+            plan: plan.clone(),
+            settings: settings.watch(),
+            inputs: handle.inputs.clone(),
+            health: health.clone(),
+        });
         let routing = Routing::new(routing::Wiring {
             netlink: own_netlink.clone(),
             changes: Changes::watch().map_err(netlink_problem)?,
@@ -446,6 +455,7 @@ impl Node {
             tokio::spawn(expelled),
             tokio::spawn(carrier_driver.run()),
             tokio::spawn(trials),
+            tokio::spawn(behind),
             data_watch,
             planner_task,
         ];

@@ -3,6 +3,8 @@
 //! A change can be made on trial: unless it is confirmed in time it is taken back, also if the daemon was restarted
 //! meanwhile. So nobody is cut off from a machine far away by a wrong exit node.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,7 +25,7 @@ use crate::os::clock;
 use crate::time::{Now, UnixSeconds};
 use crate::trust::advert::MAX_ROUTES;
 use crate::wire::keys::IdentityKey;
-use crate::wire::local::{Problem, SettingsChange, SettingsDocument};
+use crate::wire::local::{Problem, RouteProbe, SettingsChange, SettingsDocument};
 use crate::wire::version;
 
 /// The word for no exit node.
@@ -51,6 +53,10 @@ pub struct Settings {
     pub kill_switch: bool,
     /// This program hears of events.
     pub on_event: Option<PathBuf>,
+    /// Others are to be asked for what this node leads to; what is under way through it is still forwarded.
+    pub drain: bool,
+    /// Machines on the networks this node leads to that show by their answers that it reaches them.
+    pub probes: BTreeMap<IpNet, IpAddr>,
     /// How the coordinator is reached; with a proxy's credentials. Given at the start only.
     pub proxy: ProxySetting,
 }
@@ -67,6 +73,8 @@ impl Default for Settings {
             exit_node_allow_lan_access: true,
             kill_switch: false,
             on_event: None,
+            drain: false,
+            probes: BTreeMap::new(),
             proxy: ProxySetting::Auto,
         }
     }
@@ -102,7 +110,7 @@ impl Settings {
         if self.advertise_exit_node {
             advertise.extend([IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())]);
         }
-        RouteWish { advertise, resting: Vec::new(), accept: self.accept_routes, exit_node: self.exit_node }
+        RouteWish { advertise, draining: self.drain, accept: self.accept_routes, exit_node: self.exit_node }
     }
 
     /// These settings with a change made.
@@ -118,6 +126,17 @@ impl Settings {
         next.accept_routes = change.accept_routes.unwrap_or(next.accept_routes);
         next.accept_dns = change.accept_dns.unwrap_or(next.accept_dns);
         next.snat = change.snat.unwrap_or(next.snat);
+        next.drain = change.drain.unwrap_or(next.drain);
+        if let Some(probes) = &change.probes {
+            next.probes = probes.iter().map(|probe| (probe.prefix.trunc(), probe.target)).collect();
+        }
+        if let Some(prefix) = next.probes.keys().find(|prefix| !next.advertise_routes.contains(prefix)) {
+            return Err(problem(
+                "probe-without-route",
+                format!("a machine to probe is named for {prefix}, which this node does not lead to"),
+                format!("`--advertise-routes {prefix}`, or `--probe none`"),
+            ));
+        }
         match change.exit_node.as_deref() {
             None => {}
             Some(NONE) => next.exit_node = None,
@@ -305,6 +324,8 @@ impl SettingsDesk {
             exit_node_allow_lan_access: kept.settings.exit_node_allow_lan_access,
             kill_switch: kept.settings.kill_switch,
             on_event: kept.settings.on_event.as_ref().map(|program| program.display().to_string()),
+            drain: kept.settings.drain,
+            probes: kept.settings.probes.iter().map(|(p, t)| RouteProbe { prefix: *p, target: *t }).collect(),
             reverts_in_s: kept.trial.as_ref().map(|trial| trial.until.saturating_sub(clock::wall())),
             notes: pending.collect(),
         }

@@ -156,7 +156,7 @@ impl Inbound {
     /// Takes what the planner decided.
     pub fn apply(&mut self, update: Update) {
         match update {
-            Update::Peer { peer, key, owns: _, admits, traffic } => {
+            Update::Peer { peer, key, owns: _, admits, keeps: _, traffic } => {
                 self.sources.set(peer, admits);
                 let index = peer.0 as usize;
                 if self.peers.len() <= index {

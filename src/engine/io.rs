@@ -1,5 +1,6 @@
 //! What goes into and comes out of the three machines of a node.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -93,6 +94,9 @@ pub enum Update {
         /// Prefixes it may send from, host bits zero: what it owns, and what it leads to while another is asked first.
         /// Replaces the earlier set.
         admits: Vec<IpNet>,
+        /// Prefixes, among those that several nodes lead to, for which flows that began through it stay with it while another
+        /// is asked. Replaces the earlier set.
+        keeps: Vec<IpNet>,
         /// Its counters.
         traffic: Arc<Traffic>,
     },
@@ -194,8 +198,8 @@ pub struct PortMapping {
 pub struct RouteWish {
     /// Prefixes to advertise, host bits zero. One of length 0 offers an exit node.
     pub advertise: Vec<IpNet>,
-    /// Those of them that are not served at the moment.
-    pub resting: Vec<IpNet>,
+    /// Traffic is to go through other nodes, before somebody works on this one. What is under way is still forwarded.
+    pub draining: bool,
     /// Use the routes of others.
     pub accept: bool,
     /// Send what goes nowhere else through this node.
@@ -204,7 +208,7 @@ pub struct RouteWish {
 
 impl Default for RouteWish {
     fn default() -> Self {
-        Self { advertise: Vec::new(), resting: Vec::new(), accept: true, exit_node: None }
+        Self { advertise: Vec::new(), draining: false, accept: true, exit_node: None }
     }
 }
 
@@ -215,6 +219,28 @@ pub struct RoutePlan {
     pub accepted: Vec<IpNet>,
     /// Prefixes of this machine's surroundings that are forwarded to.
     pub serving: Vec<IpNet>,
+    /// The other nodes that lead to any of these prefixes.
+    pub others: BTreeMap<IpNet, Vec<Arc<OtherRouter>>>,
+}
+
+/// Another node that leads to a prefix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OtherRouter {
+    /// Who.
+    pub identity: IdentityKey,
+    /// Its name.
+    pub name: String,
+    /// Where on its networks it answers ([`crate::trust::advert::Advert::lan`]).
+    pub lan: Vec<SocketAddr>,
+}
+
+/// What a node found of the networks it leads to.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Behind {
+    /// Prefixes that cannot be reached from here at the moment.
+    pub cut: BTreeSet<IpNet>,
+    /// Where it answers on those networks ([`crate::trust::advert::Advert::lan`]).
+    pub lan: Vec<SocketAddr>,
 }
 
 /// A local interface address.
@@ -264,6 +290,8 @@ pub enum Input {
     SendFailed(Via),
     /// The node is set up otherwise, as far as routes go.
     Routes(RouteWish),
+    /// What is behind the node was found otherwise than before.
+    Behind(Behind),
     /// From the local API.
     Command(Command),
 }

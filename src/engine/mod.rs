@@ -7,11 +7,13 @@
 mod named;
 
 pub mod aqm;
+pub mod behind;
 pub(crate) mod bucket;
 pub mod carrier;
 pub mod counters;
 pub mod drops;
 pub(crate) mod fit;
+pub mod flows;
 pub mod happened;
 pub mod inbound;
 pub mod io;

@@ -10,6 +10,7 @@ use parking_lot::{ArcMutexGuard, Mutex, RawMutex};
 
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::fit::{Fit, Fitted};
+use crate::engine::flows::Flows;
 use crate::engine::io::{Notice, Path, PeerId, SocketId, Update};
 use crate::engine::packet::{DATA_OVERHEAD, Destination, FromTun, MIN_ROOM, OutboundSink};
 use crate::engine::path::mtu::BASE;
@@ -37,6 +38,8 @@ const REMIND: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Outbound {
     routes: Routes,
+    /// Flows that stay with a router that is not asked any more.
+    flows: Flows,
     peers: Vec<Option<Peer>>,
     staged_total: usize,
     /// Holds a sealed datagram that goes both ways at once.
@@ -69,6 +72,7 @@ impl Outbound {
     pub fn new(drops: Arc<Drops>) -> Self {
         Self {
             routes: Routes::default(),
+            flows: Flows::default(),
             peers: Vec::new(),
             staged_total: 0,
             scratch: Vec::new(),
@@ -97,13 +101,16 @@ impl Outbound {
                 continue;
             };
             // 2 route
-            let Some(peer) = self.routes.lookup(destination) else {
+            let Some(mut peer) = self.routes.lookup(destination) else {
                 self.drops.count(Drop::NoRoute);
                 if let Some(error) = ip::unreachable(bytes) {
                     sink.to_tun(&error);
                 }
                 continue;
             };
+            if !self.flows.is_empty() {
+                peer = self.flows.way(bytes, destination, peer, now);
+            }
             // 3 cut
             let (limit, told) = self.limits(peer);
             let packets = if offload.is_super() {
@@ -132,8 +139,9 @@ impl Outbound {
     /// Takes what the planner decided.
     pub fn apply(&mut self, update: Update, now: Now, sink: &mut impl OutboundSink) {
         match update {
-            Update::Peer { peer, key, owns, admits: _, traffic } => {
+            Update::Peer { peer, key, owns, admits: _, keeps, traffic } => {
                 self.routes.set(peer, owns);
+                self.flows.set(peer, keeps);
                 let index = peer.0 as usize;
                 if self.peers.len() <= index {
                     self.peers.resize_with(index + 1, || None);
@@ -157,6 +165,7 @@ impl Outbound {
             Update::Gone(peer) => {
                 self.drop_staged(peer, Drop::PeerGone);
                 self.routes.remove_peer(peer);
+                self.flows.set(peer, Vec::new());
                 if let Some(slot) = self.peers.get_mut(peer.0 as usize) {
                     *slot = None;
                 }

@@ -687,6 +687,7 @@ fn packets_for_a_subnet_go_through_its_router_once_both_it_and_an_admin_say_so()
         key: pair.nodes[1].planner.me().wg,
         owns: vec!["0.0.0.0/0".parse().unwrap()],
         admits: Vec::new(),
+        keeps: Vec::new(),
         traffic: Arc::default(),
     };
     let now = pair.now;

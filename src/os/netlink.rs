@@ -1,5 +1,6 @@
 //! Interface addresses, routes and their changes, by rtnetlink. Nobody else knows the rtnetlink crate.
 
+mod neighbours;
 mod policy;
 
 use std::io;
@@ -20,6 +21,7 @@ use crate::engine::packet::DATA_OVERHEAD;
 use crate::engine::portmap::Gateway;
 use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS};
 
+pub use neighbours::Neighbour;
 pub use policy::{Rule, TableRoute};
 
 /// A change is reported after this long, with what came meanwhile: one change of network is many messages.

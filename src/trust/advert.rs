@@ -5,6 +5,8 @@
 //! so), and of each node only the newest counts. The coordinator hands it on and can do no more with it than hold it back:
 //! the node has signed it, and an older one is not accepted.
 
+use std::net::SocketAddr;
+
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -20,6 +22,8 @@ pub const ADVERT_VERSION: u16 = 1;
 pub const MAX_PAYLOAD: usize = 64 << 10;
 /// The most prefixes in one.
 pub const MAX_ROUTES: usize = 1_024;
+/// The most addresses in one.
+pub const MAX_LAN: usize = 16;
 
 /// An advertisement as it travels: the exact text that was signed, and the signature of the node it names.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,12 +51,19 @@ pub struct Advert {
     /// Prefixes it is set up for and does not serve at the moment: what is under way there is still let through.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub resting: Vec<IpNet>,
+    /// Those of `resting` that rest only because somebody wants to work on the router: it still forwards, and what is under
+    /// way through it stays with it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub draining: Vec<IpNet>,
+    /// Where on the networks it leads to it answers who asks whether they are there too ([`crate::wire::same_lan`]).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lan: Vec<SocketAddr>,
 }
 
 /// Why an advertisement is not accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AdvertError {
-    /// Longer than [`MAX_PAYLOAD`], or more than [`MAX_ROUTES`] prefixes.
+    /// Longer than [`MAX_PAYLOAD`], or more than [`MAX_ROUTES`] prefixes or [`MAX_LAN`] addresses.
     #[error("the advertisement is too long")]
     TooLong,
     /// Not an advertisement of a version this program knows.
@@ -94,7 +105,8 @@ impl SignedAdvert {
         if advert.network != *network {
             return Err(AdvertError::WrongNetwork);
         }
-        if advert.routes.len() + advert.resting.len() > MAX_ROUTES {
+        let most = advert.routes.len() + advert.resting.len();
+        if most > MAX_ROUTES || advert.draining.len() > MAX_ROUTES || advert.lan.len() > MAX_LAN {
             return Err(AdvertError::TooLong);
         }
         let key = VerifyingKey::from_bytes(&advert.identity.0).map_err(|_| AdvertError::BadSignature)?;
@@ -132,6 +144,8 @@ mod tests {
             number: 7,
             routes: vec!["192.168.1.0/24".parse().unwrap()],
             resting: vec!["10.0.0.0/8".parse().unwrap()],
+            draining: vec!["10.0.0.0/8".parse().unwrap()],
+            lan: vec!["192.168.1.2:7000".parse().unwrap()],
         }
     }
 
@@ -167,6 +181,7 @@ mod tests {
             |n: usize| (0..n).map(|i| IpNet::new([10, (i >> 8) as u8, i as u8, 0].into(), 24).unwrap()).collect();
         assert_eq!(open(&|a| a.routes = many(MAX_ROUTES - 1)), Ok(()));
         assert_eq!(open(&|a| a.routes = many(MAX_ROUTES)), Err(AdvertError::TooLong));
+        assert_eq!(open(&|a| a.lan = vec![a.lan[0]; MAX_LAN + 1]), Err(AdvertError::TooLong));
         let long = SignedAdvert { payload: "x".repeat(MAX_PAYLOAD + 1), sig: HexSignature([0; 64]) };
         assert_eq!(long.open(&f.network), Err(AdvertError::TooLong));
     }

@@ -92,6 +92,11 @@ pub enum Call {
     },
     /// A change that would be taken back stays; answered by one `settings`.
     Confirm,
+    /// Has others asked for what this node leads to, or ends that; answered by one `drained`.
+    Drain {
+        /// Begin.
+        on: bool,
+    },
     /// Answered by one `routes`.
     Routes,
     /// An admin's word on a node and a prefix; answered by one `route-changed`. Only on an admin node.
@@ -169,6 +174,8 @@ pub enum Response {
     Dns(DnsList),
     /// An admin's words were stored, or were so already.
     DnsChanged(DnsChanges),
+    /// Others are asked for what this node leads to, or not any more.
+    Drained(Drained),
     /// The call is complete.
     Done,
     /// The call failed; nothing changed.
@@ -618,6 +625,21 @@ pub struct SettingsChange {
     /// The program that hears of events: a whole path; `none`: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_event: Option<String>,
+    /// Have others asked for what this node leads to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<bool>,
+    /// The whole list of machines that show by their answers that this node reaches a network it leads to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probes: Option<Vec<RouteProbe>>,
+}
+
+/// A machine that shows by its answers that a router reaches the network it leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteProbe {
+    /// The network.
+    pub prefix: IpNet,
+    /// The machine.
+    pub target: IpAddr,
 }
 
 /// `meshd set --json`: what a node is set up to do, schema 1.
@@ -644,6 +666,12 @@ pub struct SettingsDocument {
     /// The program that hears of events, or null.
     #[serde(default)]
     pub on_event: Option<String>,
+    /// It is drained: others are asked for what it leads to.
+    #[serde(default)]
+    pub drain: bool,
+    /// Machines that show by their answers that it reaches what it leads to.
+    #[serde(default)]
+    pub probes: Vec<RouteProbe>,
     /// Seconds until the settings go back to what they were, unless `meshd set --confirm` comes before; null: they stay.
     pub reverts_in_s: Option<u64>,
     /// What there is to say about that, such as routes that wait for an admin.
@@ -688,6 +716,28 @@ pub enum RouteState {
     Active,
     /// Something on this machine goes before it.
     Shadowed,
+}
+
+/// `meshd drain --json`, schema 1.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drained {
+    /// 1.
+    pub schema: u16,
+    /// Others are asked for what this node leads to.
+    pub draining: bool,
+    /// It was so before; nothing changed.
+    pub already: bool,
+    /// What this node leads to.
+    pub routes: Vec<DrainedRoute>,
+}
+
+/// A prefix of a node that is drained.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainedRoute {
+    /// The prefix.
+    pub prefix: IpNet,
+    /// The names of those who lead there too and can be asked now.
+    pub others: Vec<String>,
 }
 
 /// An admin's word on a route.

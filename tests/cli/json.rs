@@ -7,10 +7,11 @@ use std::os::unix::net::UnixListener;
 use std::process::Output;
 
 use meshd::wire::local::{
-    CounterValue, CounterValues, DnsChange, DnsChanges, DnsKind, DnsLine, DnsList, DropCount, Health, Netcheck,
-    NetcheckServer, PathKind, PeerWhy, Pong, PortMapper, PortMapperProtocol, Problem, Punching, Removed, Request,
-    Response, RouteChange, RouteLine, RouteList, RouteState, SettingsDocument, Severity, Status, StatusCoordinator,
-    StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply, WhyFound, WhySide,
+    CounterValue, CounterValues, DnsChange, DnsChanges, DnsKind, DnsLine, DnsList, Drained, DrainedRoute, DropCount,
+    Health, Netcheck, NetcheckServer, PathKind, PeerWhy, Pong, PortMapper, PortMapperProtocol, Problem, Punching,
+    Removed, Request, Response, RouteChange, RouteLine, RouteList, RouteProbe, RouteState, SettingsDocument, Severity,
+    Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply, WhyFound,
+    WhySide,
 };
 use meshd::wire::nat::{Mapper, PortModel, Seen};
 
@@ -359,6 +360,8 @@ fn settings_document() {
         exit_node_allow_lan_access: true,
         kill_switch: false,
         on_event: None,
+        drain: true,
+        probes: vec![RouteProbe { prefix: "192.168.1.0/24".parse().unwrap(), target: "192.168.1.10".parse().unwrap() }],
         reverts_in_s: Some(59),
         notes: vec!["laptop advertises 192.168.1.0/24, and no admin has approved it".to_owned()],
     };
@@ -366,6 +369,27 @@ fn settings_document() {
     check("set", &args, &[Response::Settings(settings.clone()), Response::Done]);
     let kept = SettingsDocument { reverts_in_s: None, notes: vec![], ..settings };
     check("set-confirm", &["set", "--confirm"], &[Response::Settings(kept), Response::Done]);
+}
+
+#[test]
+fn drain_document() {
+    let drained = |draining, already, routes: &[(&str, &[&str])]| Drained {
+        schema: 1,
+        draining,
+        already,
+        routes: routes
+            .iter()
+            .map(|(prefix, others)| DrainedRoute {
+                prefix: prefix.parse().unwrap(),
+                others: others.iter().map(|name| (*name).to_owned()).collect(),
+            })
+            .collect(),
+    };
+    let routes: [(&str, &[&str]); 2] = [("192.168.1.0/24", &["spare", "gate"]), ("10.0.0.0/24", &[])];
+    check("drain", &["drain"], &[Response::Drained(drained(true, false, &routes)), Response::Done]);
+    let none = [Response::Drained(drained(true, true, &[])), Response::Done];
+    check("drain-nothing", &["drain", "on"], &none);
+    check("drain-off", &["drain", "off"], &[Response::Drained(drained(false, false, &routes)), Response::Done]);
 }
 
 #[test]

@@ -916,6 +916,8 @@ fn advert(f: &Founder, keys: &NodeKeys, number: u64) -> crate::trust::advert::Si
         number,
         routes: vec!["192.168.1.0/24".parse().unwrap()],
         resting: Vec::new(),
+        draining: Vec::new(),
+        lan: Vec::new(),
     };
     crate::trust::advert::SignedAdvert::sign(&advert, &keys.identity.signing_key())
 }

@@ -5,6 +5,7 @@
 //! planner, the settings or the machine's network change, and now and then where others may have swept our rules away. What
 //! outlives the process is in the footprint's journal before it is done ([`crate::daemon::footprint`]).
 
+pub(in crate::daemon) mod behind;
 pub(in crate::daemon) mod nft;
 mod plan;
 mod router;

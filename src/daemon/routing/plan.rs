@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::daemon::apply::Surroundings;
-use crate::os::netlink::{Rule, TableRoute};
+use crate::os::netlink::{InterfaceAddress, Rule, TableRoute};
 
 /// Marks what meshd itself sends: it never goes into the tunnel.
 use crate::os::mark::MARK;
@@ -134,6 +134,13 @@ impl Surroundings {
         nets.sort_unstable();
         nets.dedup();
         nets
+    }
+
+    /// The interface whose network an address is in.
+    pub(super) fn on_link(&self, ip: IpAddr) -> Option<u32> {
+        let net = |a: &InterfaceAddress| IpNet::new(a.address.ip, a.address.prefix_len).ok();
+        let near = self.addresses.iter().filter(|a| net(a).is_some_and(|net| net.contains(&ip)));
+        near.max_by_key(|a| a.address.prefix_len).map(|a| a.index)
     }
 
     /// The interfaces that lead to some part of a prefix by a route of their own.

@@ -362,6 +362,7 @@ impl Planner {
             Input::PortMapped(mapping) => self.port_mapped(mapping),
             Input::SendFailed(via) => self.send_failed(&via),
             Input::Routes(wish) => self.route_wish(wish),
+            Input::Behind(behind) => self.found_behind(behind),
             Input::Command(Command::Ping { token, seq, peer, timeout_ms }) => self.ping(token, seq, peer, timeout_ms),
             Input::Command(Command::Publish { token, records }) => self.publish(token, records),
         }
@@ -468,7 +469,7 @@ impl Planner {
         self.by_wg.insert(wg, id);
         self.by_short.insert(name_of(&wg), id);
         let traffic = Arc::clone(&peer.traffic);
-        self.update(Update::Peer { peer: id, key: wg, admits: owns.clone(), owns, traffic });
+        self.update(Update::Peer { peer: id, key: wg, admits: owns.clone(), owns, keeps: Vec::new(), traffic });
         self.peers.push(Some(peer));
     }
 

@@ -5,21 +5,23 @@
 //! before that, packet by packet.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
 
 use crate::engine::drops::Drop;
-use crate::engine::io::{Output, PeerId, RoutePlan, RouteWish, Update};
+use crate::engine::io::{Behind, OtherRouter, Output, PeerId, RoutePlan, RouteWish, Update};
 use crate::engine::peer::Peer;
+use crate::engine::planner::sessions::IN_USE_COMMAND;
 use crate::engine::planner::{Planner, Why};
 use crate::time::{Now, UnixSeconds};
-use crate::trust::advert::{ADVERT_VERSION, Advert, MAX_ROUTES, SignedAdvert};
+use crate::trust::advert::{ADVERT_VERSION, Advert, MAX_LAN, MAX_ROUTES, SignedAdvert};
 use crate::trust::founding::{route_grant_record, route_revoke_record};
 use crate::trust::record::{Member, SignedRecord};
 use crate::wire::control::{ToCoordinator, refusal};
 use crate::wire::keys::{IdentityKey, WgKey};
-use crate::wire::local::{Problem, RouteChange, RouteLine, RouteState};
+use crate::wire::local::{DrainedRoute, Problem, RouteChange, RouteLine, RouteState};
 
 /// Wider prefixes are ways of saying "everything", which is an exit node's business.
 const SHORTEST_IPV4: u8 = 8;
@@ -27,6 +29,13 @@ const SHORTEST_IPV4: u8 = 8;
 const SHORTEST_IPV6: u8 = 16;
 /// A router that the coordinator misses is still there if it was heard of this recently.
 const HEARD_LATELY: Duration = Duration::from_millis(1_500);
+/// A router takes over from one that is as good but farther away if this much is gained, and a third of the way.
+const WORTH_CHANGING: Duration = Duration::from_millis(20);
+/// Routers of a network in use are looked at for that so long after the use began, and from then on so often.
+const COMPARED_AFTER: Duration = Duration::from_secs(2);
+const COMPARED_EVERY: Duration = Duration::from_secs(60);
+/// So many of them at most.
+const MOST_COMPARED: usize = 4;
 /// After the coordinator refused an advertisement for coming too soon.
 const ADVERTISE_AGAIN: Duration = Duration::from_secs(2);
 
@@ -34,6 +43,8 @@ const ADVERTISE_AGAIN: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct RouteBook {
     wish: RouteWish,
+    /// What the shell found behind this node.
+    behind: Behind,
     /// The newest advertisement of each member, our own among them.
     adverts: BTreeMap<IdentityKey, Heard>,
     /// Who is asked for a prefix now.
@@ -60,19 +71,42 @@ struct Heard {
 struct Prefixes {
     to: Vec<IpNet>,
     from: Vec<IpNet>,
+    keep: Vec<IpNet>,
 }
 
 /// A node that leads to a prefix.
 #[derive(Debug, Clone, Copy)]
 struct Router {
     id: PeerId,
-    resting: bool,
+    standing: Standing,
+}
+
+/// How far a router stands by a prefix that it is set up for. The better comes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Standing {
+    /// It leads there.
+    Serves,
+    /// It leads there, and wants to be left: what is under way stays.
+    Drains,
+    /// It cannot reach it.
+    Rests,
+}
+
+impl Standing {
+    fn of(advert: &Advert, prefix: &IpNet) -> Self {
+        match (advert.routes.contains(prefix), advert.draining.contains(prefix)) {
+            (true, _) => Self::Serves,
+            (false, true) => Self::Drains,
+            (false, false) => Self::Rests,
+        }
+    }
 }
 
 impl RouteBook {
-    pub(super) const fn new(wish: RouteWish) -> Self {
+    pub(super) fn new(wish: RouteWish) -> Self {
         Self {
             wish,
+            behind: Behind::default(),
             adverts: BTreeMap::new(),
             chosen: BTreeMap::new(),
             told: BTreeMap::new(),
@@ -94,6 +128,13 @@ impl Planner {
         self.routes_changed();
     }
 
+    /// The shell looked behind this node.
+    pub(super) fn found_behind(&mut self, behind: Behind) {
+        self.routes.behind = behind;
+        self.renew_advert();
+        self.routes_changed();
+    }
+
     /// Advertisements of earlier runs.
     pub(super) fn remember_adverts(&mut self, adverts: Vec<SignedAdvert>) {
         for signed in adverts {
@@ -107,10 +148,21 @@ impl Planner {
     fn renew_advert(&mut self) {
         let me = self.me.identity;
         let wanted: BTreeSet<IpNet> = self.routes.wish.advertise.iter().take(MAX_ROUTES).copied().collect();
-        let (resting, routes): (Vec<IpNet>, Vec<IpNet>) =
-            wanted.into_iter().partition(|prefix| self.routes.wish.resting.contains(prefix));
+        let (cut, reached): (Vec<IpNet>, Vec<IpNet>) =
+            wanted.iter().copied().partition(|prefix| self.routes.behind.cut.contains(prefix));
+        let (routes, resting, draining) = match self.routes.wish.draining {
+            false => (reached, cut, Vec::new()),
+            true => (Vec::new(), wanted.into_iter().collect(), reached),
+        };
+        let mut lan = self.routes.behind.lan.clone();
+        lan.truncate(MAX_LAN);
+        if routes.is_empty() && resting.is_empty() {
+            lan.clear();
+        }
         let same = match self.routes.adverts.get(&me) {
-            Some(said) => said.advert.routes == routes && said.advert.resting == resting,
+            Some(Heard { advert: said, .. }) => {
+                (&said.routes, &said.resting, &said.draining, &said.lan) == (&routes, &resting, &draining, &lan)
+            }
             None => routes.is_empty() && resting.is_empty(),
         };
         if same {
@@ -119,7 +171,7 @@ impl Planner {
         let number = self.next_number;
         self.next_number += 1;
         let network = self.ledger.network();
-        let advert = Advert { v: ADVERT_VERSION, network, identity: me, number, routes, resting };
+        let advert = Advert { v: ADVERT_VERSION, network, identity: me, number, routes, resting, draining, lan };
         let signed = SignedAdvert::sign(&advert, &self.keys.identity.signing_key());
         self.keep_advert(advert, signed);
         self.advertise();
@@ -233,18 +285,28 @@ impl Planner {
         let routers = self.routers();
         let mut chosen = BTreeMap::new();
         let mut told: BTreeMap<PeerId, Prefixes> = BTreeMap::new();
+        let mut several = false;
         for (prefix, routers) in &routers {
             let Some(id) = self.choose(prefix, routers) else { continue };
             chosen.insert(*prefix, id);
             told.entry(id).or_default().to.push(*prefix);
+            let shared = routers.len() > 1 && prefix.prefix_len() > 0;
+            several |= shared;
             for router in routers {
-                told.entry(router.id).or_default().from.push(*prefix);
+                let told = told.entry(router.id).or_default();
+                told.from.push(*prefix);
+                if shared && router.standing < Standing::Rests && self.is_there(router.id) {
+                    told.keep.push(*prefix);
+                }
             }
         }
         // One that is missed but still heard of may fall silent any moment.
         let in_doubt = |id: &PeerId| self.peer(*id).is_some_and(|peer| !peer.online && self.is_heard(peer));
         let doubt = self.control.connected && chosen.values().any(in_doubt);
-        self.timers.set(Why::Routers, doubt.then(|| self.now + HEARD_LATELY));
+        let used = |id: &PeerId| self.peer(*id).and_then(|p| p.talk.as_deref()).is_some_and(|t| t.is_wanted(self.now));
+        let compare = several && chosen.values().any(used);
+        let next = if doubt { Some(HEARD_LATELY) } else { compare.then_some(COMPARED_EVERY) };
+        self.timers.set(Why::Routers, next.map(|time| self.now + time));
         self.routes.chosen = chosen;
         self.tell_workers(told);
         self.tell_shell(routers.into_keys());
@@ -256,10 +318,10 @@ impl Planner {
         for (identity, heard) in &self.routes.adverts {
             let Some(id) = self.by_identity.get(identity).copied() else { continue };
             let advert = &heard.advert;
-            let offers = advert.routes.iter().map(|p| (p, false)).chain(advert.resting.iter().map(|p| (p, true)));
-            for (prefix, resting) in offers {
+            for prefix in advert.prefixes() {
                 if self.is_wanted_from(identity, prefix) && self.ledger.may_announce(identity, prefix) {
-                    routers.entry(*prefix).or_default().push(Router { id, resting });
+                    let standing = Standing::of(advert, prefix);
+                    routers.entry(*prefix).or_default().push(Router { id, standing });
                 }
             }
         }
@@ -275,13 +337,37 @@ impl Planner {
         self.routes.wish.accept && prefix.prefix_len() >= shortest && !self.routes.wish.advertise.contains(prefix)
     }
 
-    /// Of several routers: one that serves rather than rests, is connected rather than not; then the one asked so far, then
-    /// the nearest, then the first.
+    /// Of several routers: one that is connected rather than not, that serves rather than drains or rests; then the one asked
+    /// so far unless another is much nearer; then the nearest, then the first.
     fn choose(&self, prefix: &IpNet, routers: &[Router]) -> Option<PeerId> {
-        let asked = self.routes.chosen.get(prefix).copied();
-        let distance = |id| self.distance(id).unwrap_or(Duration::MAX);
-        let rank = |r: &&Router| (r.resting, !self.is_there(r.id), asked != Some(r.id), distance(r.id), r.id);
-        routers.iter().min_by_key(rank).map(|r| r.id)
+        let health = |r: &Router| (!self.is_there(r.id), r.standing);
+        let best = routers.iter().map(health).min()?;
+        let good = || routers.iter().filter(|r| health(r) == best).map(|r| r.id);
+        let nearest = good().min_by_key(|id| (self.distance(*id).unwrap_or(Duration::MAX), *id))?;
+        let Some(asked) = self.routes.chosen.get(prefix).copied().filter(|asked| good().any(|id| id == *asked)) else {
+            return Some(nearest);
+        };
+        let gains = match (self.distance(asked), self.distance(nearest)) {
+            (Some(now), Some(then)) => now >= then + WORTH_CHANGING && now * 2 >= then * 3,
+            _ => false,
+        };
+        Some(if gains { nearest } else { asked })
+    }
+
+    /// A peer came into use: if it leads to networks that others lead to as well, how far those are is found out.
+    pub(super) fn compare_routers(&mut self, id: PeerId) {
+        let prefixes = self.routes.told.get(&id).filter(|told| !told.to.is_empty()).map(|told| told.keep.clone());
+        let prefixes = prefixes.unwrap_or_default();
+        let shares = |told: &Prefixes| told.keep.iter().any(|prefix| prefixes.binary_search(prefix).is_ok());
+        let others = self.routes.told.iter().filter(|(other, told)| **other != id && shares(told));
+        let others: Vec<PeerId> = others.map(|(other, _)| *other).take(MOST_COMPARED).collect();
+        if others.is_empty() {
+            return;
+        }
+        for other in others {
+            self.want(other, IN_USE_COMMAND);
+        }
+        self.timers.set(Why::Routers, Some(self.now + COMPARED_AFTER));
     }
 
     /// As far as is known. Without the coordinator nothing is known against anybody.
@@ -316,12 +402,12 @@ impl Planner {
         changed.sort_by_cached_key(|id| !gains(id));
         for id in changed {
             let Some(peer) = self.peer(id) else { continue };
-            let Prefixes { to, from } = told.get(&id).cloned().unwrap_or_default();
-            let (key, traffic) = (peer.wg, std::sync::Arc::clone(&peer.traffic));
+            let Prefixes { to, from, keep } = told.get(&id).cloned().unwrap_or_default();
+            let (key, traffic) = (peer.wg, Arc::clone(&peer.traffic));
             let own = self.prefixes_of(&peer.identity);
             let owns = own.iter().copied().chain(to).collect();
             let admits = own.into_iter().chain(from).collect();
-            self.update(Update::Peer { peer: id, key, owns, admits, traffic });
+            self.update(Update::Peer { peer: id, key, owns, admits, keeps: keep, traffic });
         }
         self.routes.told = told;
         let serving = self.served();
@@ -344,11 +430,30 @@ impl Planner {
             // Whether the exit node can be reached or not, and by which family: otherwise traffic would leave beside it.
             accepted.extend([IpNet::V4(ipnet::Ipv4Net::default()), IpNet::V6(ipnet::Ipv6Net::default())]);
         }
-        let plan = RoutePlan { accepted: accepted.into_iter().collect(), serving: self.routes.serving.clone() };
+        let serving = self.routes.serving.clone();
+        let others = self.other_routers(&accepted, &serving);
+        let plan = RoutePlan { accepted: accepted.into_iter().collect(), serving, others };
         if self.routes.plan.as_ref() != Some(&plan) {
             self.routes.plan = Some(plan.clone());
             self.outputs.push_back(Output::Routes(plan));
         }
+    }
+
+    /// Who else leads to these prefixes.
+    fn other_routers(&self, accepted: &BTreeSet<IpNet>, serving: &[IpNet]) -> BTreeMap<IpNet, Vec<Arc<OtherRouter>>> {
+        let mut others: BTreeMap<IpNet, Vec<Arc<OtherRouter>>> = BTreeMap::new();
+        for (who, Heard { advert, .. }) in &self.routes.adverts {
+            let Some(member) = self.ledger.member(who).filter(|_| *who != self.me.identity) else { continue };
+            let other = OtherRouter { identity: *who, name: member.name.clone(), lan: advert.lan.clone() };
+            let other = Arc::new(other);
+            // An accepted prefix is of interest only where its routers can be asked for.
+            let concerns = |p: &&IpNet| (!advert.lan.is_empty() && accepted.contains(p)) || serving.contains(p);
+            let prefixes = advert.prefixes().filter(|p| p.prefix_len() > 0).filter(concerns);
+            for prefix in prefixes.filter(|prefix| self.ledger.may_announce(who, prefix)) {
+                others.entry(*prefix).or_default().push(Arc::clone(&other));
+            }
+        }
+        others
     }
 
     // ---- for people ------------------------------------------------------------------------------------------------
@@ -395,22 +500,22 @@ impl Planner {
     ) -> (RouteState, Option<String>) {
         let (who, name) = (&member.identity, &member.name);
         let advert = self.routes.adverts.get(who).map(|heard| &heard.advert);
-        let (serves, rests) =
-            advert.map_or((false, false), |a| (a.routes.contains(prefix), a.resting.contains(prefix)));
+        let standing = advert.filter(|a| a.prefixes().any(|p| p == prefix)).map(|a| Standing::of(a, prefix));
         let approved = |why: String| (RouteState::Approved, Some(why));
         let mine = *who == self.me.identity;
         if !self.ledger.may_announce(who, prefix) {
             let why = format!("no admin has approved it: `meshd routes approve {name} {prefix}`");
             return (RouteState::Pending, Some(why));
         }
-        if rests {
-            return approved(format!("{name} does not serve it at the moment"));
-        }
-        if !serves {
-            return approved(format!("{name} does not advertise it"));
-        }
+        let less = match standing {
+            None => return approved(format!("{name} does not advertise it")),
+            Some(Standing::Serves) => None,
+            Some(Standing::Drains) if mine => Some("this node is drained; `meshd drain off` ends that".to_owned()),
+            Some(Standing::Drains) => Some(format!("{name} is drained, so only what was under way goes through it")),
+            Some(Standing::Rests) => Some(format!("{name} cannot reach it at the moment")),
+        };
         if mine {
-            return (RouteState::Active, None);
+            return (if less.is_none() { RouteState::Active } else { RouteState::Approved }, less);
         }
         if prefix.prefix_len() == 0 && self.routes.wish.exit_node != Some(*who) {
             return approved(format!("`meshd set --exit-node {name}` uses it"));
@@ -429,12 +534,28 @@ impl Planner {
         }
         match self.routes.chosen.get(prefix) {
             Some(id) if self.by_identity.get(who) == Some(id) => {
+                let nobody = |less: String| format!("{less}; nobody else leads there");
                 let away = (!self.is_there(*id)).then(|| format!("{name} is offline"));
-                (RouteState::Active, away)
+                (RouteState::Active, away.or(less.map(nobody)))
             }
-            Some(id) => approved(format!("{} is asked for it", self.name_of(*id))),
+            Some(id) => approved(less.unwrap_or_else(|| format!("{} is asked for it", self.name_of(*id)))),
             None => (RouteState::Approved, None),
         }
+    }
+
+    /// What this node leads to, and who else can be asked for it now.
+    #[must_use]
+    pub fn shared_routes(&self) -> Vec<DrainedRoute> {
+        let others = |prefix: &IpNet| {
+            let serves = |who: &IdentityKey, advert: &Advert| {
+                let there = self.by_identity.get(who).is_some_and(|id| self.is_there(*id));
+                there && advert.routes.contains(prefix) && self.ledger.may_announce(who, prefix)
+            };
+            let adverts = self.routes.adverts.iter().filter(|(who, heard)| serves(who, &heard.advert));
+            let members = adverts.filter_map(|(who, _)| self.ledger.member(who));
+            members.filter(|member| member.identity != self.me.identity).map(|member| member.name.clone()).collect()
+        };
+        self.routes.serving.iter().map(|prefix| DrainedRoute { prefix: *prefix, others: others(prefix) }).collect()
     }
 
     /// What waits for an admin, a sentence and the command each: this node's own prefixes, and on an admin everybody's.

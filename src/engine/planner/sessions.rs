@@ -39,6 +39,7 @@ impl Planner {
     /// Data went to or came from a peer that was not watched.
     pub(super) fn became_active(&mut self, id: PeerId) {
         self.want(id, IN_USE);
+        self.compare_routers(id);
     }
 
     /// Marks a peer as in use for at least `time` from now, and looks for a path if there is none.

@@ -5,6 +5,7 @@ mod cost;
 mod crowd;
 mod daemon;
 mod demonstration;
+mod failover;
 mod footprint;
 mod guides;
 mod hard;
@@ -40,6 +41,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(crowd::cases());
     cases.extend(daemon::cases());
     cases.extend(routes::cases());
+    cases.extend(failover::cases());
     cases.extend(services::cases());
     cases.extend(guides::cases());
     cases.extend(hooks::cases());

@@ -91,8 +91,32 @@ impl Desk {
             number: self.number,
             routes: list(routes),
             resting: list(resting),
+            draining: Vec::new(),
+            lan: Vec::new(),
         };
         SignedAdvert::sign(&advert, &keys.identity.signing_key())
+    }
+
+    /// A router says that it wants to be left.
+    fn drain(&mut self, router: usize, prefix: &str) {
+        let resting = self.advert(router, &[], &[prefix]).open(&self.f.network).unwrap();
+        let advert = Advert { draining: resting.resting.clone(), ..resting };
+        let signed = SignedAdvert::sign(&advert, &self.routers[router].identity.signing_key());
+        self.input(Input::Control(ToNode::Adverts { adverts: vec![signed] }));
+    }
+
+    /// The routers with which flows to a prefix stay, as the workers were told last.
+    fn keepers(&self, prefix: &str) -> BTreeSet<PeerId> {
+        let mut keepers = BTreeSet::new();
+        for update in &self.updates {
+            if let Update::Peer { peer, keeps, .. } = update {
+                match keeps.contains(&net(prefix)) {
+                    true => keepers.insert(*peer),
+                    false => keepers.remove(peer),
+                };
+            }
+        }
+        keepers
     }
 
     fn advertise(&mut self, router: usize, routes: &[&str], resting: &[&str]) {
@@ -213,6 +237,58 @@ fn of_several_routers_the_one_asked_stays_while_it_is_good() {
         desk.advertise(i, &[], &[LAN]);
     }
     assert!(desk.asked(LAN).is_some());
+}
+
+#[test]
+fn one_that_drains_keeps_its_flows_and_gets_no_new_ones() {
+    let mut desk = Desk::new(2);
+    for i in 0..2 {
+        desk.word(&format!("r{i}"), LAN, true);
+        desk.advertise(i, &[LAN], &[]);
+    }
+    desk.presence(&[0, 1], &[]);
+    let first: usize = desk.asked(LAN).unwrap()[1..].parse().unwrap();
+    let (asked, other) = (format!("r{first}"), format!("r{}", 1 - first));
+    assert_eq!(desk.keepers(LAN).len(), 2);
+    desk.drain(first, LAN);
+    assert_eq!(desk.asked(LAN), Some(other.clone()));
+    assert_eq!(desk.keepers(LAN).len(), 2, "what goes through it stays");
+    let line = desk.lines().into_iter().find(|line| line.node == asked).unwrap();
+    assert!(line.state == RouteState::Approved && line.why.unwrap().contains("drained"));
+    // The other one drains too: somebody is asked still, and that is the better of the two.
+    desk.drain(1 - first, LAN);
+    assert_eq!(desk.asked(LAN), Some(other.clone()));
+    desk.advertise(1 - first, &[], &[LAN]);
+    assert_eq!(desk.asked(LAN), Some(asked.clone()), "a drained one forwards, a cut one does not");
+    assert_eq!(desk.keepers(LAN).len(), 1, "nothing stays with the one that is cut");
+    // It goes down after all.
+    desk.advertise(1 - first, &[LAN], &[]);
+    desk.presence(&[], &[first]);
+    assert_eq!((desk.asked(LAN), desk.keepers(LAN).len()), (Some(other), 1));
+}
+
+#[test]
+fn what_a_router_finds_behind_itself_is_said_at_once() {
+    let mut desk = Desk::new(0);
+    let wish = |draining| RouteWish { advertise: vec![net(LAN), net("10.0.0.0/8")], draining, ..RouteWish::default() };
+    desk.input(Input::Routes(wish(false)));
+    let lan = vec!["192.168.7.1:7000".parse().unwrap()];
+    desk.input(Input::Behind(Behind { cut: BTreeSet::from([net(LAN)]), lan: lan.clone() }));
+    let said = |desk: &mut Desk| desk.said.pop().unwrap().open(&desk.f.network).unwrap();
+    let cut = said(&mut desk);
+    assert_eq!((cut.routes, cut.resting, cut.draining), (vec![net("10.0.0.0/8")], vec![net(LAN)], vec![]));
+    assert_eq!(cut.lan, lan);
+    desk.input(Input::Routes(wish(true)));
+    let drained = said(&mut desk);
+    assert_eq!(drained.routes, []);
+    assert_eq!((drained.resting.len(), drained.draining), (2, vec![net("10.0.0.0/8")]), "what is cut is not drained");
+    desk.input(Input::Routes(wish(false)));
+    desk.input(Input::Behind(Behind { cut: BTreeSet::new(), lan }));
+    assert_eq!(said(&mut desk).routes.len(), 2);
+    // Said once is enough.
+    desk.said.clear();
+    desk.input(Input::Behind(Behind { cut: BTreeSet::new(), lan: vec!["192.168.7.1:7000".parse().unwrap()] }));
+    assert!(desk.said.is_empty());
 }
 
 #[test]
