@@ -4,6 +4,7 @@
 //! * "On the NAS:" says where. A block without such words fails the case: no command is left out.
 //! * `TOKEN` is the token that a command printed last.
 //! * A command with `# fails` beside it must fail.
+//! * What a ```` ```typed ```` block has is typed into the command before it.
 //! * Commands that only look are tried again for some seconds, as a person would.
 
 use std::collections::BTreeMap;
@@ -77,13 +78,19 @@ fn read(guide: &str) -> Result<Vec<Step>> {
     let mut steps = Vec::new();
     // The paragraph before a block; its last "On X" or "on X" says where.
     let (mut paragraph, mut block): (String, Option<String>) = (String::new(), None);
+    let mut typed = false;
     for line in text.lines() {
         let line = line.trim_start();
         match (&mut block, line) {
             (None, "```sh") => block = Some(machine_of(&paragraph).with_context(|| format!("{guide}: {paragraph}"))?),
+            (None, "```typed") => (block, typed) = (Some(String::new()), true),
             // Another kind of block: not to be run.
             (None, line) if line.starts_with("```") => block = Some(String::new()),
-            (Some(_), "```") => (block, paragraph) = (None, String::new()),
+            (Some(_), "```") => (block, paragraph, typed) = (None, String::new(), false),
+            (Some(_), line) if typed => {
+                let step: &mut Step = steps.last_mut().with_context(|| format!("{guide}: nothing waits for {line}"))?;
+                step.command = format!("printf '%s\\n' '{line}' | {}", step.command);
+            }
             (Some(machine), line) if !machine.is_empty() => {
                 let (command, fails) = line.strip_suffix("# fails").map_or((line, false), |command| (command, true));
                 steps.push(Step { machine: machine.clone(), command: command.trim().to_owned(), fails });
