@@ -11,9 +11,10 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 use std::{env, fs};
 
+use nix::net::if_::if_nametoindex;
 use tokio::io::AsyncWriteExt as _;
 use tokio::process::Command;
 use tokio::time::timeout;
@@ -32,6 +33,8 @@ pub(in crate::daemon) const ENTRY: &str = "lo.meshd";
 const ROUTED: usize = 200;
 /// Where systemd-resolved names the servers that it asks itself (systemd-resolved.service(8)).
 const UPLINKS: &str = "/run/systemd/resolve/resolv.conf";
+/// Where systemd-resolved keeps what it was told about an interface, in a file by the interface's number.
+const KEPT: &str = "/run/systemd/resolve/netif";
 /// systemd-resolved's address for the system.
 const STUB: &str = "127.0.0.53";
 
@@ -54,6 +57,14 @@ pub(super) struct System {
     local: Option<Ipv4Addr>,
     journal: Journal,
     set: Option<Way>,
+    told: Option<Told>,
+}
+
+/// What systemd-resolved was told, and since when it has kept it: as long as both are the same it need not be told again.
+#[derive(PartialEq, Eq)]
+struct Told {
+    calls: [Vec<String>; 3],
+    kept: SystemTime,
 }
 
 impl System {
@@ -75,6 +86,7 @@ impl System {
             local,
             journal,
             set: None,
+            told: None,
         }
     }
 
@@ -154,17 +166,29 @@ impl System {
     }
 
     /// What is set so goes with the interface.
-    async fn by_resolved(&self) -> Result<(), Problem> {
-        let servers: Vec<String> = self.addresses.iter().map(ToString::to_string).collect();
-        let mut dns = vec!["dns", &self.interface];
-        dns.extend(servers.iter().map(String::as_str));
-        let routed: Vec<String> = self.reverse.iter().chain(&self.routed).map(|name| format!("~{name}")).collect();
-        let mut domains = vec!["domain", &self.interface, &self.domain];
-        domains.extend(routed.iter().map(String::as_str));
-        for args in [dns, domains, vec!["default-route", &self.interface, "false"]] {
-            run("resolvectl", &args, "").await?;
+    async fn by_resolved(&mut self) -> Result<(), Problem> {
+        let call = |verb: &str, words: Vec<String>| [vec![verb.to_owned(), self.interface.clone()], words].concat();
+        let routed = self.reverse.iter().chain(&self.routed).map(|name| format!("~{name}"));
+        let calls = [
+            call("dns", self.addresses.iter().map(ToString::to_string).collect()),
+            call("domain", [self.domain.clone()].into_iter().chain(routed).collect()),
+            call("default-route", vec!["false".to_owned()]),
+        ];
+        let told = self.kept_since().map(|kept| Told { calls: calls.clone(), kept });
+        if told.is_some() && told == self.told {
+            return Ok(());
         }
+        for call in &calls {
+            run("resolvectl", &call.iter().map(String::as_str).collect::<Vec<_>>(), "").await?;
+        }
+        self.told = self.kept_since().map(|kept| Told { calls, kept });
         Ok(())
+    }
+
+    /// `None`: it keeps nothing, or not there.
+    fn kept_since(&self) -> Option<SystemTime> {
+        let index = if_nametoindex(self.interface.as_str()).ok()?;
+        fs::metadata(Path::new(KEPT).join(index.to_string())).ok()?.modified().ok()
     }
 
     async fn by_resolvconf(&self) -> Result<(), Problem> {
@@ -199,6 +223,7 @@ impl System {
     }
 
     async fn undo(&mut self) {
+        self.told = None;
         match self.set.take() {
             Some(Way::Resolved) => {
                 if let Err(why) = run("resolvectl", &["revert", &self.interface], "").await {
