@@ -5,7 +5,7 @@ use ipnet::IpNet;
 use crate::cli::error::CliError;
 use crate::cli::output::{BOLD, GREEN, YELLOW, paint, table};
 use crate::cli::{Global, cidr, client};
-use crate::wire::local::{Call, Response, RouteChange, RouteLine, RouteState};
+use crate::wire::local::{AliasChange, AliasWish, Call, Response, RouteChange, RouteLine, RouteState};
 
 /// Options of `meshd routes`.
 #[derive(Debug, clap::Args)]
@@ -16,11 +16,15 @@ STATE is `pending` (advertised, no admin has approved it), `approved` (allowed, 
 `active` (packets go that way; on the node itself: it leads there) or `shadowed` (something on this
 machine goes before it).
 
+Networks behind several nodes may have the same numbers. With an alias each is reached under
+numbers of its own, from all nodes and always: 192.168.1.10 as 100.99.7.10, say.
+
 Examples:
   meshd routes
   meshd routes approve nas 192.168.1.0/24
   meshd routes approve gate exit-node
-  meshd routes revoke nas 192.168.1.0/24",
+  meshd routes revoke nas 192.168.1.0/24
+  meshd routes alias nas 192.168.1.0/24",
     args_conflicts_with_subcommands = true
 )]
 pub struct Args {
@@ -34,6 +38,28 @@ enum Word {
     Approve(Which),
     /// Take that back (admin nodes only)
     Revoke(Which),
+    /// Give a subnet behind a node other numbers, under which it is reached besides (admin nodes only)
+    Alias(Alias),
+}
+
+#[derive(Debug, clap::Args)]
+struct Alias {
+    /// The node's name, mesh address or id prefix
+    node: String,
+    /// The subnet as it is there, such as 192.168.1.0/24
+    #[arg(value_name = "CIDR", value_parser = cidr::parse)]
+    subnet: IpNet,
+    /// A subnet of the same size, `auto` for numbers that are free, or `none` to end it
+    #[arg(value_name = "ALIAS", default_value = "auto", value_parser = alias)]
+    alias: AliasWish,
+}
+
+fn alias(text: &str) -> Result<AliasWish, String> {
+    match text {
+        "auto" => Ok(AliasWish::Auto),
+        "none" => Ok(AliasWish::None),
+        block => cidr::parse(block).map(AliasWish::Block),
+    }
 }
 
 #[derive(Debug, clap::Args)]
@@ -61,6 +87,7 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
         None => return list(global),
         Some(Word::Approve(which)) => (which, true),
         Some(Word::Revoke(which)) => (which, false),
+        Some(Word::Alias(args)) => return give_alias(args, global),
     };
     let output = global.output();
     for prefix in &which.subnet.0 {
@@ -73,6 +100,24 @@ pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
         output.show(&change, said)?;
     }
     Ok(())
+}
+
+fn give_alias(args: &Alias, global: &Global) -> Result<(), CliError> {
+    let call = Call::RouteAlias { peer: args.node.clone(), prefix: args.subnet, alias: args.alias };
+    let change = client::ask(global, call, |reply| if let Response::AliasChanged(c) = reply { Some(c) } else { None })?;
+    let output = global.output();
+    if let Some(note) = &change.note {
+        output.note(&format!("{} {note}", paint("note:", BOLD)));
+    }
+    output.show(&change, |change| {
+        let AliasChange { prefix, node, already, .. } = change;
+        match (change.alias, already) {
+            (Some(alias), false) => format!("{prefix} behind {node} is reached as {alias}"),
+            (Some(alias), true) => format!("{prefix} behind {node} is reached as {alias} already"),
+            (None, false) => format!("{prefix} behind {node} has no alias any more"),
+            (None, true) => format!("{prefix} behind {node} has no alias, as before"),
+        }
+    })
 }
 
 fn said(change: &RouteChange) -> String {
@@ -96,10 +141,18 @@ fn text(routes: &[RouteLine]) -> String {
     if routes.is_empty() {
         return "no node leads to a subnet; on one that does: meshd up --advertise-routes 192.168.1.0/24".to_owned();
     }
+    let aliased = routes.iter().any(|route| route.alias.is_some());
     let mut rows = vec![["PREFIX", "NODE", "STATE", "VIA"].map(str::to_owned).to_vec()];
+    if aliased {
+        rows[0].push("ALIAS".to_owned());
+    }
     rows.extend(routes.iter().map(|route| {
         let via = route.via.clone().unwrap_or_else(|| "-".to_owned());
-        vec![route.prefix.to_string(), route.node.clone(), word(route.state).to_owned(), via]
+        let mut row = vec![route.prefix.to_string(), route.node.clone(), word(route.state).to_owned(), via];
+        if aliased {
+            row.push(route.alias.map_or_else(|| "-".to_owned(), |alias| alias.to_string()));
+        }
+        row
     }));
     let mut text = table(&rows);
     for route in routes {

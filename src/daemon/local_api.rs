@@ -1,6 +1,6 @@
 //! The local API: a unix socket that answers the command line. One connection, one call; see [`crate::wire::local`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
@@ -37,8 +37,9 @@ use crate::trust::record::{RevokeTarget, SignedRecord};
 use crate::trust::token::InviteToken;
 use crate::wire::keys::ControlKey;
 use crate::wire::local::{
-    Call, CounterValue, CounterValues, DnsChanges, DnsWord, Drained, DropCount, MAX_DNS_WORDS, MAX_REQUEST, PathKind,
-    PeerWhy, Pong, Problem, Removed, Request, Response, RouteChange, RouteList, SettingsChange, Status, TokenReply,
+    AliasChange, AliasWish, Call, CounterValue, CounterValues, DnsChanges, DnsWord, Drained, DropCount, MAX_DNS_WORDS,
+    MAX_REQUEST, PathKind, PeerWhy, Pong, Problem, Removed, Request, Response, RouteChange, RouteList, SettingsChange,
+    Status, TokenReply,
 };
 use crate::wire::version;
 
@@ -382,8 +383,13 @@ impl Api {
                 let change = self.route_word(peer, prefix.trunc(), allow).await?;
                 out.write(&Response::RouteChanged(change)).await?;
             }
+            Call::RouteAlias { peer, prefix, alias } => {
+                let change = self.route_alias(peer, prefix.trunc(), alias).await?;
+                out.write(&Response::AliasChanged(change)).await?;
+            }
             Call::Dns => {
-                let list = self.planner.with(|planner, _| planner.dns_list()).await?;
+                let shadowed: BTreeSet<IpNet> = self.shadowed.borrow().keys().copied().collect();
+                let list = self.planner.with(move |planner, _| planner.dns_list(&shadowed)).await?;
                 out.write(&Response::Dns(list)).await?;
             }
             Call::DnsWords { words, at, anyway } => {
@@ -542,6 +548,21 @@ impl Api {
             .with(move |planner, _| {
                 as_admin(planner)?;
                 planner.route_word(&peer, prefix, allow, clock::wall())
+            })
+            .await?;
+        let (record, change) = made?;
+        if let Some(record) = record {
+            self.publish(vec![record]).await?;
+        }
+        Ok(change)
+    }
+
+    async fn route_alias(&self, peer: String, prefix: IpNet, alias: AliasWish) -> Result<AliasChange, Problem> {
+        let made: Result<_, Problem> = self
+            .planner
+            .with(move |planner, _| {
+                as_admin(planner)?;
+                planner.alias_word(&peer, prefix, alias, clock::wall())
             })
             .await?;
         let (record, change) = made?;

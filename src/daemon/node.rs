@@ -346,6 +346,7 @@ impl Node {
             journal: journal.clone(),
             changes: Changes::watch().map_err(netlink_problem)?,
             settings: settings.watch(),
+            shadowed: shadowed.clone(),
             health: health.clone(),
         });
         let behind = routing::behind::run(routing::behind::Wiring {

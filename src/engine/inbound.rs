@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use parking_lot::{ArcMutexGuard, Mutex, RawMutex};
 use rustc_hash::FxBuildHasher;
 
+use crate::engine::alias::Aliases;
 use crate::engine::aqm::{self, Codel, Sign};
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Notice, Path, PeerId, Update, Via};
@@ -31,6 +32,7 @@ const HERE: PeerId = PeerId(u32::MAX);
 pub struct Inbound {
     sources: Sources,
     serves: Routes,
+    aliases: Option<Box<Aliases>>,
     peers: Vec<Option<Peer>>,
     sessions: SessionTable<(PeerId, Arc<Mutex<Tunnel>>)>,
     gate: Gate,
@@ -85,6 +87,7 @@ impl Inbound {
         Self {
             sources: Sources::default(),
             serves: Routes::default(),
+            aliases: None,
             peers: Vec::new(),
             sessions: SessionTable::default(),
             gate: Gate::new(&config.key),
@@ -218,6 +221,7 @@ impl Inbound {
                 }
             }
             Update::Serves(prefixes) => self.serves.set(HERE, prefixes),
+            Update::Aliases { pairs, flows } => self.aliases = Aliases::new(&pairs, &flows),
             Update::Established(_) | Update::GiveUp(_) => {}
         }
     }
@@ -256,7 +260,7 @@ impl Inbound {
             let deliver = match ip::source_destination(inner) {
                 Err(_) => Err(Drop::BadInner),
                 Ok((source, _)) if !self.sources.admits(source, run.id) => Err(Drop::SpoofedSource),
-                Ok((_, destination)) if !self.is_for_us(destination) => Err(Drop::NotForUs),
+                Ok((_, destination)) if !self.is_for_us(self.renumbered(inner, destination)) => Err(Drop::NotForUs),
                 Ok(_) => ip::apply_ecn(inner, arrival.ecn).map_err(|_| Drop::Congested),
             };
             let deliver = deliver.and_then(|()| self.sign(inner));
@@ -355,6 +359,14 @@ impl Inbound {
                 Some(_) => Err(Drop::UnknownProbe),
                 None => Err(Drop::UnexpectedStun),
             },
+        }
+    }
+
+    /// Where a packet goes once an alias in it has become the real address.
+    fn renumbered(&self, packet: &mut [u8], destination: IpAddr) -> IpAddr {
+        match &self.aliases {
+            Some(aliases) => aliases.arrive(packet, destination),
+            None => destination,
         }
     }
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use parking_lot::Mutex;
 
+use crate::engine::alias::RealFlows;
 use crate::engine::session::tunnel::Tunnel;
 use crate::engine::traffic::Traffic;
 use crate::trust::advert::SignedAdvert;
@@ -102,6 +103,13 @@ pub enum Update {
     },
     /// Besides our own addresses, packets for these prefixes may come in: this node leads to them. Replaces the earlier set.
     Serves(Vec<IpNet>),
+    /// Networks behind this node have other numbers for everybody else. Replaces the earlier set.
+    Aliases {
+        /// A prefix as it is here, and its alias, of the same family and length each.
+        pairs: Vec<(IpNet, IpNet)>,
+        /// Flows that came by the real addresses.
+        flows: Arc<RealFlows>,
+    },
     /// The peer is out: forget everything about it.
     Gone(PeerId),
     /// The peer has a tunnel object (a session may or may not be up in it).

@@ -6,6 +6,7 @@
 #[macro_use]
 mod named;
 
+pub mod alias;
 pub mod aqm;
 pub mod behind;
 pub(crate) mod bucket;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use parking_lot::{ArcMutexGuard, Mutex, RawMutex};
 
+use crate::engine::alias::Aliases;
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::fit::{Fit, Fitted};
 use crate::engine::flows::Flows;
@@ -40,6 +41,8 @@ pub struct Outbound {
     routes: Routes,
     /// Flows that stay with a router that is not asked any more.
     flows: Flows,
+    /// Networks behind this node that leave under other numbers.
+    aliases: Option<Box<Aliases>>,
     peers: Vec<Option<Peer>>,
     staged_total: usize,
     /// Holds a sealed datagram that goes both ways at once.
@@ -73,6 +76,7 @@ impl Outbound {
         Self {
             routes: Routes::default(),
             flows: Flows::default(),
+            aliases: None,
             peers: Vec::new(),
             staged_total: 0,
             scratch: Vec::new(),
@@ -110,6 +114,11 @@ impl Outbound {
             };
             if !self.flows.is_empty() {
                 peer = self.flows.way(bytes, destination, peer, now);
+            }
+            if let Some(aliases) = &self.aliases
+                && let Ok((source, _)) = ip::source_destination(bytes)
+            {
+                aliases.leave(bytes, source, offload.is_partial());
             }
             // 3 cut
             let (limit, told) = self.limits(peer);
@@ -191,6 +200,7 @@ impl Outbound {
             }
             Update::Established(peer) => self.flush(peer, now, sink),
             Update::GiveUp(peer) => self.drop_staged(peer, Drop::HandshakeTimeout),
+            Update::Aliases { pairs, flows } => self.aliases = Aliases::new(&pairs, &flows),
             Update::ProbeName { .. } | Update::Serves(_) => {}
         }
     }
@@ -264,7 +274,13 @@ impl Outbound {
                 Fitted::Whole => seal.straight(packet, &Destination::Relay { peer: peer.key }, sink),
                 Fitted::Refused(told) => {
                     self.drops.count(Drop::TooBig);
-                    if let Some(error) = told {
+                    if let Some(mut error) = told {
+                        // Whoever sent the packet knows its own address only.
+                        if let Some(aliases) = &self.aliases
+                            && let Ok(destination) = ip::destination(&error)
+                        {
+                            aliases.arrive(&mut error, destination);
+                        }
                         sink.to_tun(&error);
                     }
                 }

@@ -108,6 +108,15 @@ pub enum Call {
         /// True: it may lead there. False: not any more.
         allow: bool,
     },
+    /// Other numbers for a prefix behind a node; answered by one `alias-changed`. Only on an admin node.
+    RouteAlias {
+        /// Name, mesh IP, or id prefix.
+        peer: String,
+        /// Host bits zero.
+        prefix: IpNet,
+        /// Which.
+        alias: AliasWish,
+    },
     /// Answered by one `dns`.
     Dns,
     /// An admin's words on names and domains; answered by one `dns-changed`. Only on an admin node.
@@ -121,6 +130,18 @@ pub enum Call {
         #[serde(default)]
         anyway: bool,
     },
+}
+
+/// Which other numbers a prefix is to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AliasWish {
+    /// Those it has, or some that are free.
+    Auto,
+    /// None any more.
+    None,
+    /// These, host bits zero.
+    Block(IpNet),
 }
 
 /// What an admin says of a name or a domain.
@@ -170,6 +191,8 @@ pub enum Response {
     Routes(RouteList),
     /// An admin's word was stored, or was so already.
     RouteChanged(RouteChange),
+    /// An admin's word was stored, or was so already.
+    AliasChanged(AliasChange),
     /// The names document.
     Dns(DnsList),
     /// An admin's words were stored, or were so already.
@@ -702,6 +725,9 @@ pub struct RouteLine {
     pub via: Option<String>,
     /// Why it is not active, or what is wrong with it.
     pub why: Option<String>,
+    /// Other numbers under which the network is reached always.
+    #[serde(default)]
+    pub alias: Option<IpNet>,
 }
 
 /// What becomes of a prefix of a node.
@@ -756,6 +782,25 @@ pub struct RouteChange {
     /// It was so before; nothing changed.
     pub already: bool,
     /// Something worth knowing, such as that the node does not advertise the prefix.
+    pub note: Option<String>,
+}
+
+/// An admin's word on other numbers for a prefix.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AliasChange {
+    /// 1.
+    pub schema: u16,
+    /// The prefix as it is behind the node.
+    pub prefix: IpNet,
+    /// The node's name.
+    pub node: String,
+    /// Its short id.
+    pub id: String,
+    /// Its other numbers; null: none any more.
+    pub alias: Option<IpNet>,
+    /// It was so before; nothing changed.
+    pub already: bool,
+    /// Something worth knowing.
     pub note: Option<String>,
 }
 

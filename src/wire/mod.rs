@@ -16,6 +16,7 @@ pub mod peer;
 pub mod probe;
 pub mod relay;
 pub mod relay_udp;
+pub mod renumber;
 pub mod siphash;
 pub mod stun;
 pub mod upnp;

@@ -78,6 +78,12 @@ impl Offload {
         [self.flags, self.kind, a, b, c, d, e, f, g, h]
     }
 
+    /// The checksum above IP is not complete: it holds the sum over the pseudo header.
+    #[must_use]
+    pub const fn is_partial(&self) -> bool {
+        self.flags & NEEDS_CHECKSUM != 0
+    }
+
     /// This is more than one packet.
     #[must_use]
     pub const fn is_super(&self) -> bool {

@@ -41,6 +41,8 @@ fn wrong_command_lines() {
             &["up", "--accept-routes=maybe"],
             &["invite", "--routes", "home"],
             &["routes", "approve", "nas"],
+            &["routes", "alias", "nas", "192.168.1.0"],
+            &["routes", "alias", "nas", "192.168.1.0/24", "100.99.1.1/24"],
             &["dns", "add", "nas.home"],
             &["dns", "add", "nas.home", "192.168.1"],
             &["dns", "remove"],

@@ -7,11 +7,11 @@ use std::os::unix::net::UnixListener;
 use std::process::Output;
 
 use meshd::wire::local::{
-    CounterValue, CounterValues, DnsChange, DnsChanges, DnsKind, DnsLine, DnsList, Drained, DrainedRoute, DropCount,
-    Health, Netcheck, NetcheckServer, PathKind, PeerWhy, Pong, PortMapper, PortMapperProtocol, Problem, Punching,
-    Removed, Request, Response, RouteChange, RouteLine, RouteList, RouteProbe, RouteState, SettingsDocument, Severity,
-    Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply, WhyFound,
-    WhySide,
+    AliasChange, CounterValue, CounterValues, DnsChange, DnsChanges, DnsKind, DnsLine, DnsList, Drained, DrainedRoute,
+    DropCount, Health, Netcheck, NetcheckServer, PathKind, PeerWhy, Pong, PortMapper, PortMapperProtocol, Problem,
+    Punching, Removed, Request, Response, RouteChange, RouteLine, RouteList, RouteProbe, RouteState, SettingsDocument,
+    Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply,
+    WhyFound, WhySide,
 };
 use meshd::wire::nat::{Mapper, PortModel, Seen};
 
@@ -313,6 +313,7 @@ fn routes_documents() {
         state,
         via: via.map(str::to_owned),
         why: why.map(str::to_owned),
+        alias: None,
     };
     let approve = "no admin has approved it: `meshd routes approve nas 10.0.0.0/24`";
     let routes = vec![
@@ -322,6 +323,27 @@ fn routes_documents() {
         line("192.168.7.0/24", "office", RouteState::Shadowed, None, Some("eth0 is in 192.168.7.0/24")),
     ];
     check("routes", &["routes"], &[Response::Routes(RouteList { schema: 1, routes }), Response::Done]);
+    let with = |node: &str, third: u8| RouteLine {
+        alias: Some(format!("100.99.{third}.0/24").parse().unwrap()),
+        ..line("192.168.1.0/24", node, RouteState::Approved, None, Some("several networks have these numbers"))
+    };
+    let routes =
+        vec![line("10.0.0.0/24", "nas", RouteState::Active, Some("nas"), None), with("one", 1), with("two", 2)];
+    check("routes-aliases", &["routes"], &[Response::Routes(RouteList { schema: 1, routes }), Response::Done]);
+    let aliased = AliasChange {
+        schema: 1,
+        prefix: "192.168.1.0/24".parse().unwrap(),
+        node: "nas".to_owned(),
+        id: "bb22000000000002".to_owned(),
+        alias: Some("100.99.1.0/24".parse().unwrap()),
+        already: false,
+        note: Some("spare has the same alias: both lead to one network".to_owned()),
+    };
+    check(
+        "routes-alias",
+        &["routes", "alias", "nas", "192.168.1.0/24"],
+        &[Response::AliasChanged(aliased), Response::Done],
+    );
     let empty = RouteList { schema: 1, routes: vec![] };
     check("routes-none", &["routes"], &[Response::Routes(empty), Response::Done]);
     let change = |approved, already, note: Option<&str>| RouteChange {

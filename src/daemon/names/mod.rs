@@ -9,10 +9,12 @@ pub(in crate::daemon) mod resolv_conf;
 mod server;
 pub(in crate::daemon) mod system;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use parking_lot::Mutex;
 use tokio::sync::broadcast::{self, error::RecvError};
 use tokio::sync::watch;
@@ -42,12 +44,14 @@ pub(super) struct Wiring {
     pub(super) journal: Journal,
     pub(super) changes: Changes,
     pub(super) settings: watch::Receiver<Settings>,
+    /// Routes that something on this machine goes before, and what.
+    pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, String>>,
     pub(super) health: Health,
 }
 
 /// Runs until it is aborted. Undoing what outlives the process is the caller's, by the journal.
 pub(super) async fn run(mut w: Wiring) {
-    let zones = Zones { planner: w.planner.clone(), cached: Arc::default() };
+    let zones = Zones { planner: w.planner.clone(), shadowed: Arc::default(), cached: Arc::default() };
     let mut events = w.planner.events();
     let Some(zone) = zones.current().await else { return };
     let local = local_address(&w.addresses);
@@ -58,6 +62,7 @@ pub(super) async fn run(mut w: Wiring) {
     }
     let mut system = System::new(&w.interface, &zone, served.addresses.clone(), served.local, w.journal.clone());
     loop {
+        zones.go_before(&w.shadowed.borrow_and_update());
         let Some(zone) = zones.current().await else { return };
         system.ask_for(&zone);
         let wanted = w.settings.borrow_and_update().accept_dns;
@@ -72,6 +77,7 @@ pub(super) async fn run(mut w: Wiring) {
             changed = w.settings.changed() => changed.is_ok(),
             () = w.changes.next() => true,
             changed = names_change(&mut events) => changed,
+            changed = w.shadowed.changed() => changed.is_ok(),
             () = tokio::time::sleep(LOOK_AGAIN) => true,
         };
         if !going_on {
@@ -110,17 +116,30 @@ fn local_address(addresses: &[IpAddr]) -> Option<Ipv4Addr> {
 #[derive(Debug, Clone)]
 struct Zones {
     planner: PlannerHandle,
+    /// Prefixes that something on this machine goes before.
+    shadowed: Arc<Mutex<Arc<BTreeSet<IpNet>>>>,
     cached: Arc<Mutex<Option<Cached>>>,
 }
 
 /// A zone and its version.
-type Cached = (usize, Arc<Zone>);
+type Cached = (u64, Arc<Zone>);
 
 impl Zones {
+    /// Takes note of what goes before routes on this machine: names there have other addresses then.
+    fn go_before(&self, shadowed: &BTreeMap<IpNet, String>) {
+        let now: BTreeSet<IpNet> = shadowed.keys().copied().collect();
+        let mut known = self.shadowed.lock();
+        if **known != now {
+            *known = Arc::new(now);
+            *self.cached.lock() = None;
+        }
+    }
+
     /// `None`: the daemon is stopping.
     async fn current(&self) -> Option<Arc<Zone>> {
         let known = self.cached.lock().as_ref().map(|(version, _)| *version);
-        let newer = self.planner.with(move |planner, _| planner.zone(known)).await.ok()?;
+        let shadowed = Arc::clone(&self.shadowed.lock());
+        let newer = self.planner.with(move |planner, _| planner.zone(known, &shadowed)).await.ok()?;
         let mut cached = self.cached.lock();
         if let Some((version, zone)) = newer {
             *cached = Some((version, Arc::new(zone)));

@@ -19,9 +19,12 @@
 //! | `stun.rs` | the node's own addresses and its NAT |
 //! | `pings.rs` | `meshd ping` |
 //! | `routes.rs` | advertisements, and which node leads to which prefix |
+//! | `aliases.rs` | other numbers for prefixes, and by which address this node reaches what is behind others |
+//! | `names.rs` | the zone of names, and what an admin says of names |
 //! | `status.rs` | the status document |
 //! | `why.rs` | `meshd why`: what is known of a peer's path, from both ends |
 
+mod aliases;
 mod anchors;
 mod control;
 pub(crate) mod exchange;

@@ -34,28 +34,43 @@ impl Planner {
         self.outputs.push_back(Output::Event(Event::NamesChanged));
     }
 
-    /// The zone and its version, if the records have changed since version `known`.
+    /// The zone and its version, if that is not `known`. `shadowed`: prefixes that something on this machine goes before.
     #[must_use]
-    pub fn zone(&self, known: Option<usize>) -> Option<(usize, Zone)> {
-        // Records are only ever added.
-        let version = self.ledger.log().len();
+    pub fn zone(&self, known: Option<u64>, shadowed: &BTreeSet<IpNet>) -> Option<(u64, Zone)> {
+        // Both only ever grow.
+        let version = self.ledger.log().len() as u64 + self.routes.generation;
         let genesis = self.ledger.genesis().filter(|_| known != Some(version))?;
         let ranges = vec![IpNet::V4(genesis.ipv4), IpNet::V6(genesis.ipv6)];
         let members = self.ledger.members().map(|member| (member.name.as_str(), member.ipv4, member.ipv6));
         let mut zone = Zone::new(&genesis.name, ranges, members);
         for (name, target) in self.ledger.dns_names().take(MAX_NAMES) {
-            zone.add_name(name, target.addresses.clone(), &target.addresses);
+            let (here, back) = self.reach_all(target, shadowed);
+            zone.add_name(name, here, &back);
         }
         for (domain, target) in self.ledger.dns_splits().take(MAX_SPLITS) {
-            zone.add_split(domain, self.servers_here(target));
+            zone.add_split(domain, self.servers_here(target, shadowed));
         }
         Some((version, zone))
     }
 
     /// The servers of a domain as this node asks them: not itself, which would ask itself for ever.
-    fn servers_here(&self, target: &Addresses) -> Vec<IpAddr> {
+    fn servers_here(&self, target: &Addresses, shadowed: &BTreeSet<IpNet>) -> Vec<IpAddr> {
         let me = [IpAddr::V4(self.me.ipv4), IpAddr::V6(self.me.ipv6)];
-        target.addresses.iter().copied().filter(|server| !me.contains(server)).collect()
+        let (mut here, _) = self.reach_all(target, shadowed);
+        here.retain(|server| !me.contains(server));
+        here
+    }
+
+    /// The addresses by which this node reaches these, and all that are them.
+    fn reach_all(&self, target: &Addresses, shadowed: &BTreeSet<IpNet>) -> (Vec<IpAddr>, Vec<IpAddr>) {
+        let reached = target.addresses.iter().map(|address| self.reach(*address, target.at, shadowed));
+        let (mut here, mut back) = (Vec::new(), Vec::new());
+        for by in reached {
+            here.push(by.here);
+            back.push(by.here);
+            back.extend(by.alias.filter(|alias| *alias != by.here));
+        }
+        (here, back)
     }
 
     /// `home.internal`.
@@ -65,7 +80,7 @@ impl Planner {
 
     /// What admins gave addresses and servers.
     #[must_use]
-    pub fn dns_list(&self) -> DnsList {
+    pub fn dns_list(&self, shadowed: &BTreeSet<IpNet>) -> DnsList {
         let names = self.ledger.dns_names().enumerate().map(|(place, (name, target))| {
             let beyond = place >= MAX_NAMES;
             let why = match self.member_called(name) {
@@ -73,11 +88,13 @@ impl Planner {
                 None if beyond => Some(format!("only the first {MAX_NAMES} names resolve")),
                 None => None,
             };
-            let here = if why.is_some() { Vec::new() } else { target.addresses.clone() };
+            let here = if why.is_some() { Vec::new() } else { self.reach_all(target, shadowed).0 };
+            let other = why.is_none() && here != target.addresses;
+            let why = why.or_else(|| other.then(|| "reached by its network's alias".to_owned()));
             self.dns_line(DnsKind::Name, name, target, here, why)
         });
         let splits = self.ledger.dns_splits().map(|(domain, target)| {
-            let here = self.servers_here(target);
+            let here = self.servers_here(target, shadowed);
             let why = here.is_empty().then(|| "this node is the server itself".to_owned());
             self.dns_line(DnsKind::Split, domain, target, here, why)
         });
@@ -266,6 +283,12 @@ impl Planner {
                     let text = format!("{address} lies in the mesh's own range, and no node has it");
                     return Err(problem("address-not-routed", text, "`meshd status` lists the nodes' addresses"));
                 }
+            } else if at.is_none()
+                && let several @ [_, _, ..] = self.networks_with(*address, routed).as_slice()
+            {
+                let names: Vec<String> = several.iter().map(|who| self.name_ever(who)).collect();
+                let text = format!("{address} is in different networks behind {}", names.join(" and "));
+                return Err(problem("several-networks", text, format!("say which is meant: `--at {}`", names[0])));
             } else if (is_private(*address) || at.is_some()) && !routed.iter().any(leads) {
                 let text = match &at {
                     Some(at) => format!("{} may not lead to {address}", self.name_ever(at)),

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::engine::alias::RealFlows;
 use crate::engine::drops::Drop;
 use crate::engine::io::{Behind, OtherRouter, Output, PeerId, RoutePlan, RouteWish, Update};
 use crate::engine::peer::Peer;
@@ -53,6 +54,11 @@ pub(super) struct RouteBook {
     told: BTreeMap<PeerId, Prefixes>,
     /// What the workers were told that this node leads to.
     serving: Vec<IpNet>,
+    /// What the workers were told of other numbers for these.
+    renumbered: Vec<(IpNet, IpNet)>,
+    flows: Arc<RealFlows>,
+    /// Counts changes of who is asked for what.
+    pub(super) generation: u64,
     /// What the shell was told.
     plan: Option<RoutePlan>,
     /// The number of the request that carried our advertisement last.
@@ -79,6 +85,8 @@ struct Prefixes {
 struct Router {
     id: PeerId,
     standing: Standing,
+    /// Other numbers for the prefix there.
+    alias: Option<IpNet>,
 }
 
 /// How far a router stands by a prefix that it is set up for. The better comes first.
@@ -111,6 +119,9 @@ impl RouteBook {
             chosen: BTreeMap::new(),
             told: BTreeMap::new(),
             serving: Vec::new(),
+            renumbered: Vec::new(),
+            flows: Arc::default(),
+            generation: 0,
             plan: None,
             said: None,
             unknown_since: None,
@@ -307,6 +318,12 @@ impl Planner {
         let compare = several && chosen.values().any(used);
         let next = if doubt { Some(HEARD_LATELY) } else { compare.then_some(COMPARED_EVERY) };
         self.timers.set(Why::Routers, next.map(|time| self.now + time));
+        if self.routes.chosen != chosen {
+            self.routes.generation += 1;
+            if self.ledger.aliases().next().is_some() {
+                self.names_changed();
+            }
+        }
         self.routes.chosen = chosen;
         self.tell_workers(told);
         self.tell_shell(routers.into_keys());
@@ -319,12 +336,23 @@ impl Planner {
             let Some(id) = self.by_identity.get(identity).copied() else { continue };
             let advert = &heard.advert;
             for prefix in advert.prefixes() {
-                if self.is_wanted_from(identity, prefix) && self.ledger.may_announce(identity, prefix) {
-                    let standing = Standing::of(advert, prefix);
-                    routers.entry(*prefix).or_default().push(Router { id, standing });
+                if !self.ledger.may_announce(identity, prefix) {
+                    continue;
+                }
+                let (standing, alias) = (Standing::of(advert, prefix), self.ledger.alias(identity, prefix));
+                if self.is_wanted_from(identity, prefix) {
+                    routers.entry(*prefix).or_default().push(Router { id, standing, alias });
+                }
+                // Led to always, also where the prefix itself is, or is this node's own.
+                if let Some(alias) = alias.filter(|alias| self.is_wanted_from(identity, alias)) {
+                    routers.entry(alias).or_default().push(Router { id, standing, alias: None });
                 }
             }
         }
+        for routers in routers.values_mut() {
+            one_network(routers);
+        }
+        routers.retain(|_, routers| !routers.is_empty());
         routers
     }
 
@@ -370,6 +398,12 @@ impl Planner {
         self.timers.set(Why::Routers, Some(self.now + COMPARED_AFTER));
     }
 
+    /// The node that is asked for a prefix now.
+    pub(super) fn asked_for(&self, prefix: &IpNet) -> Option<IdentityKey> {
+        let id = self.routes.chosen.get(prefix)?;
+        self.peer(*id).map(|peer| peer.identity)
+    }
+
     /// As far as is known. Without the coordinator nothing is known against anybody.
     fn is_there(&self, id: PeerId) -> bool {
         !self.control.connected || self.peer(id).is_some_and(|peer| peer.online || self.is_heard(peer))
@@ -411,6 +445,14 @@ impl Planner {
         }
         self.routes.told = told;
         let serving = self.served();
+        let me = self.me.identity;
+        let pair = |prefix: &IpNet| Some((*prefix, self.ledger.alias(&me, prefix)?));
+        let pairs: Vec<(IpNet, IpNet)> = serving.iter().filter_map(pair).collect();
+        if pairs != self.routes.renumbered {
+            self.routes.renumbered.clone_from(&pairs);
+            let flows = Arc::clone(&self.routes.flows);
+            self.update(Update::Aliases { pairs, flows });
+        }
         if serving != self.routes.serving {
             self.routes.serving.clone_from(&serving);
             self.update(Update::Serves(serving));
@@ -450,6 +492,12 @@ impl Planner {
             let concerns = |p: &&IpNet| (!advert.lan.is_empty() && accepted.contains(p)) || serving.contains(p);
             let prefixes = advert.prefixes().filter(|p| p.prefix_len() > 0).filter(concerns);
             for prefix in prefixes.filter(|prefix| self.ledger.may_announce(who, prefix)) {
+                // One that leads to another network with the same numbers is no other router of this one.
+                let meant = if serving.contains(prefix) { Some(self.me.identity) } else { self.asked_for(prefix) };
+                let alias = |who: &IdentityKey| self.ledger.alias(who, prefix);
+                if meant.is_none_or(|meant| alias(&meant) != alias(who)) {
+                    continue;
+                }
                 others.entry(*prefix).or_default().push(Arc::clone(&other));
             }
         }
@@ -489,6 +537,7 @@ impl Planner {
             state,
             via: via.filter(|_| !shadowed.contains_key(&prefix)),
             why,
+            alias: self.ledger.alias(&member.identity, &prefix),
         }
     }
 
@@ -529,8 +578,10 @@ impl Planner {
                 false => "this node does not accept routes (--accept-routes=false)".to_owned(),
             });
         }
+        let alias = self.ledger.alias(who, prefix);
+        let instead = || alias.map_or_else(String::new, |alias| format!("; {name}'s network is reached as {alias}"));
         if let Some(by) = shadowed.get(prefix) {
-            return (RouteState::Shadowed, Some(by.clone()));
+            return (RouteState::Shadowed, Some(format!("{by}{}", instead())));
         }
         match self.routes.chosen.get(prefix) {
             Some(id) if self.by_identity.get(who) == Some(id) => {
@@ -538,7 +589,15 @@ impl Planner {
                 let away = (!self.is_there(*id)).then(|| format!("{name} is offline"));
                 (RouteState::Active, away.or(less.map(nobody)))
             }
-            Some(id) => approved(less.unwrap_or_else(|| format!("{} is asked for it", self.name_of(*id)))),
+            Some(id) => approved(match (less, alias) {
+                (Some(less), _) => format!("{less}{}", instead()),
+                (None, Some(_)) => format!("{} is asked for it{}", self.name_of(*id), instead()),
+                (None, None) => format!(
+                    "{} is asked for it; if these are two networks with the same numbers: `meshd routes alias {name} {prefix}`",
+                    self.name_of(*id)
+                ),
+            }),
+            None if alias.is_some() => approved(format!("several networks have these numbers{}", instead())),
             None => (RouteState::Approved, None),
         }
     }
@@ -712,6 +771,16 @@ impl Planner {
             ));
         }
         Ok(())
+    }
+}
+
+/// Leaves those routers of a prefix that lead to one and the same network. An alias says that a network is another one: where
+/// some have an alias, those without are meant by the prefix itself; where all have, it says nothing if they differ.
+fn one_network(routers: &mut Vec<Router>) {
+    if routers.iter().any(|router| router.alias.is_none()) {
+        routers.retain(|router| router.alias.is_none());
+    } else if routers.iter().any(|router| router.alias != routers[0].alias) {
+        routers.clear();
     }
 }
 

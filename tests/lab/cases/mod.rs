@@ -23,6 +23,7 @@ mod relay;
 mod routes;
 mod secrecy;
 mod services;
+mod sites;
 mod stun;
 mod why;
 
@@ -43,6 +44,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(routes::cases());
     cases.extend(failover::cases());
     cases.extend(services::cases());
+    cases.extend(sites::cases());
     cases.extend(guides::cases());
     cases.extend(hooks::cases());
     cases.extend(footprint::cases());

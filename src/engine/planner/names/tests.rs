@@ -77,7 +77,7 @@ fn names_come_and_go_and_change() {
     assert!(other[0].replaced && other[0].addresses.len() == 1);
     // The clock does not have to run between two words.
     assert!(say(&mut planner, &[name("nas.home", &[])]).is_ok());
-    assert_eq!(planner.dns_list().names.len(), 1);
+    assert_eq!(planner.dns_list(&BTreeSet::new()).names.len(), 1);
     assert_eq!(code(&planner, &[name("nas.home", &[])], None), "no-such-name");
     let near = planner.dns_words(&[name("can.home.internal", &[])], None, false, NOW).unwrap_err();
     assert_eq!(near.hint, "did you mean cam.home.internal?");

@@ -7,6 +7,7 @@ use crate::engine::planner::{Config, Limits};
 use crate::trust::keys::NodeKeys;
 use crate::trust::testing::{Founder, NOW, open_terms};
 use crate::wire::control::{ToNode, log_head};
+use crate::wire::local::{AliasChange, AliasWish};
 
 const LAN: &str = "192.168.7.0/24";
 
@@ -389,4 +390,154 @@ fn prefixes_that_cannot_be_routes_are_named() {
     let unknown = desk.planner.route_word("r9", net(LAN), true, NOW).unwrap_err();
     assert!(unknown.hint.contains("r0"), "{unknown:?}");
     assert_eq!(desk.planner.route_word("r0", net(LAN), false, NOW).unwrap_err().code, "no-such-route");
+}
+
+// ---- aliases ---------------------------------------------------------------------------------------------------------
+
+/// Three routers that lead to networks with the same numbers.
+fn three() -> Desk {
+    let mut desk = Desk::new(3);
+    desk.presence(&[0, 1, 2], &[]);
+    for router in 0..3 {
+        desk.advertise(router, &[LAN], &[]);
+        desk.word(&format!("r{router}"), LAN, true);
+    }
+    desk
+}
+
+impl Desk {
+    fn alias(&mut self, node: &str, wish: AliasWish) -> AliasChange {
+        let (record, change) = self.planner.alias_word(node, net(LAN), wish, NOW).unwrap();
+        assert_eq!(record.is_none(), change.already);
+        record.into_iter().for_each(|record| self.publish(record));
+        change
+    }
+
+    fn why(&self, node: &str) -> String {
+        let line = self.lines().into_iter().find(|line| line.node == node && line.prefix == net(LAN));
+        line.and_then(|line| line.why).unwrap_or_default()
+    }
+
+    fn accepted(&self) -> Vec<IpNet> {
+        self.plans.last().unwrap().accepted.clone()
+    }
+
+    fn here(&self, address: &str, at: Option<usize>, shadowed: &[&str]) -> String {
+        let at = at.map(|router| self.routers[router].identity_key());
+        let shadowed = shadowed.iter().map(|prefix| net(prefix)).collect();
+        self.planner.reach(address.parse().unwrap(), at, &shadowed).here.to_string()
+    }
+}
+
+#[test]
+fn networks_with_the_same_numbers_are_told_apart_by_aliases() {
+    let mut desk = three();
+    assert_eq!(desk.asked(LAN).as_deref(), Some("r0"));
+    assert!(desk.why("r1").contains("`meshd routes alias r1 192.168.7.0/24`"), "{}", desk.why("r1"));
+    let one = desk.alias("r1", AliasWish::Auto).alias.unwrap();
+    let two = desk.alias("r2", AliasWish::Auto).alias.unwrap();
+    assert!(desk.alias("r2", AliasWish::Auto).already);
+    assert!(one != two && net("100.64.0.0/10").contains(&one) && one.prefix_len() == 24, "{one} {two}");
+    assert!(desk.planner.mesh.iter().all(|mesh| !mesh.contains(&one) && !mesh.contains(&two)));
+    // The numbers themselves mean the network that has no others.
+    assert_eq!(desk.accepted(), BTreeSet::from([one, two, net(LAN)]).into_iter().collect::<Vec<_>>());
+    assert_eq!(desk.asked(LAN).as_deref(), Some("r0"));
+    let zero = desk.alias("r0", AliasWish::Block(net("100.99.0.0/24"))).alias.unwrap();
+    assert_eq!(desk.accepted(), BTreeSet::from([zero, one, two]).into_iter().collect::<Vec<_>>());
+    assert!(desk.why("r0").contains("100.99.0.0/24"), "{}", desk.why("r0"));
+    // Each may send from its own numbers only.
+    let owns = |desk: &Desk, router: usize| {
+        let key = desk.routers[router].wg_key();
+        let updates = desk.updates.iter().rev();
+        updates.into_iter().find_map(|update| match update {
+            Update::Peer { key: of, owns, admits, .. } if *of == key => {
+                assert_eq!(owns, admits);
+                Some(owns.iter().filter(|prefix| prefix.prefix_len() == 24).copied().collect::<Vec<_>>())
+            }
+            _ => None,
+        })
+    };
+    assert_eq!((owns(&desk, 0), owns(&desk, 1)), (Some(vec![zero]), Some(vec![one])));
+    // Two routers of one network have one alias, and one takes the other's place.
+    assert!(desk.alias("r1", AliasWish::Block(zero)).note.unwrap().contains("r0"));
+    desk.alias("r2", AliasWish::None);
+    assert_eq!(desk.asked(LAN).as_deref(), Some("r2"));
+    desk.advertise(0, &[], &[]);
+    assert_eq!(owns(&desk, 1), Some(vec![zero]));
+}
+
+#[test]
+fn a_name_is_the_address_by_which_this_node_gets_there() {
+    let mut desk = three();
+    let alias = AliasWish::Block(net("100.99.1.0/24"));
+    desk.alias("r1", alias);
+    assert_eq!(desk.here("192.168.7.9", Some(1), &[]), "100.99.1.9", "the real numbers lead to r0");
+    assert_eq!(desk.here("192.168.7.9", Some(0), &[]), "192.168.7.9");
+    assert_eq!(desk.here("192.168.8.9", Some(1), &[]), "192.168.8.9");
+    // One network alone: by its own numbers, unless this machine is in such a network too.
+    for gone in [0, 2] {
+        desk.advertise(gone, &[], &[]);
+    }
+    assert_eq!(desk.asked(LAN).as_deref(), Some("r1"));
+    assert_eq!(desk.here("192.168.7.9", None, &[]), "192.168.7.9");
+    assert_eq!(desk.here("192.168.7.9", None, &[LAN]), "100.99.1.9");
+    // Which of two networks is meant must be said.
+    desk.alias("r2", AliasWish::Block(net("100.99.2.0/24")));
+    assert_eq!(desk.here("192.168.7.9", None, &[LAN]), "192.168.7.9");
+    assert_eq!(desk.here("192.168.7.9", Some(2), &[LAN]), "100.99.2.9");
+    let granted = ["r0", "r1", "r2"].map(|name| (net(LAN), desk.planner.ledger().by_name(name).unwrap().identity));
+    assert_eq!(desk.planner.networks_with("192.168.7.9".parse().unwrap(), &granted).len(), 3);
+}
+
+#[test]
+fn a_router_renumbers_its_own_network_and_reaches_others_like_it_by_their_aliases() {
+    let mut desk = three();
+    desk.input(Input::Routes(RouteWish { advertise: vec![net(LAN)], ..RouteWish::default() }));
+    desk.word("laptop", LAN, true);
+    let mine = desk.alias("laptop", AliasWish::Auto).alias.unwrap();
+    let renumbered = |desk: &Desk| {
+        let updates = desk.updates.iter().rev();
+        updates.into_iter().find_map(|u| if let Update::Aliases { pairs, .. } = u { Some(pairs.clone()) } else { None })
+    };
+    assert_eq!(renumbered(&desk), Some(vec![(net(LAN), mine)]));
+    let one = desk.alias("r1", AliasWish::Auto).alias.unwrap();
+    assert_eq!(desk.accepted(), [one]);
+    assert_eq!(
+        desk.here("192.168.7.9", Some(1), &[]).parse::<std::net::IpAddr>().map(|ip| one.contains(&ip)),
+        Ok(true)
+    );
+    let me = desk.f.keys.identity_key();
+    assert_eq!(
+        desk.planner.reach("192.168.7.9".parse().unwrap(), Some(me), &BTreeSet::new()).here.to_string(),
+        "192.168.7.9"
+    );
+    desk.word("laptop", LAN, false);
+    assert_eq!(renumbered(&desk), Some(vec![]), "without a grant nothing is led anywhere");
+}
+
+#[test]
+fn numbers_that_cannot_be_an_alias_are_refused() {
+    let mut desk = three();
+    desk.alias("r0", AliasWish::Block(net("100.99.0.0/24")));
+    let code = |desk: &Desk, node: &str, prefix: &str, wish| {
+        let refused = desk.planner.alias_word(node, net(prefix), wish, NOW).unwrap_err();
+        assert!(!refused.hint.is_empty(), "{refused:?}");
+        refused.code
+    };
+    let block = |text| AliasWish::Block(net(text));
+    assert_eq!(code(&desk, "r1", LAN, block("100.99.0.0/16")), "bad-alias");
+    assert_eq!(code(&desk, "r1", LAN, block("fd00::/24")), "bad-alias");
+    assert_eq!(code(&desk, "r1", LAN, block("100.71.0.0/24")), "route-covers-mesh");
+    assert_eq!(code(&desk, "r1", LAN, block(LAN)), "alias-taken");
+    desk.word("r1", "100.98.0.0/16", true);
+    assert_eq!(code(&desk, "r1", LAN, block("100.98.3.0/24")), "alias-taken");
+    assert_eq!(code(&desk, "r1", "10.0.0.0/24", AliasWish::Auto), "no-such-route");
+    assert_eq!(code(&desk, "r9", LAN, AliasWish::Auto), "no-such-peer");
+    desk.word("r1", "0.0.0.0/0", true);
+    assert_eq!(code(&desk, "r1", "0.0.0.0/0", AliasWish::Auto), "usage");
+    desk.word("r1", "10.0.0.0/8", true);
+    assert_eq!(code(&desk, "r1", "10.0.0.0/8", AliasWish::Auto), "no-free-alias");
+    desk.word("r1", "fd77:1::/64", true);
+    let (_, six) = desk.planner.alias_word("r1", net("fd77:1::/64"), AliasWish::Auto, NOW).unwrap();
+    assert!(six.alias.is_some_and(|alias| net("fd00::/8").contains(&alias) && alias.prefix_len() == 64), "{six:?}");
 }
