@@ -19,22 +19,22 @@ pub(super) struct Presence {
     online: BTreeMap<WgKey, ConnId>,
     /// Those that listeners were told are online.
     told: BTreeSet<WgKey>,
-    /// Those that may differ from what listeners were told.
-    touched: BTreeSet<WgKey>,
+    /// Those that may differ from what listeners were told, and whether they were there at any time since.
+    touched: BTreeMap<WgKey, bool>,
     due: Option<Now>,
 }
 
 impl Presence {
     pub(super) fn came(&mut self, key: WgKey, conn: ConnId, now: Now) {
         self.online.insert(key, conn);
-        self.touch(key, now);
+        self.touch(key, true, now);
     }
 
     /// The connection is gone; the node may have a newer one.
     pub(super) fn went(&mut self, key: WgKey, conn: ConnId, now: Now) {
         if self.online.get(&key) == Some(&conn) {
             self.online.remove(&key);
-            self.touch(key, now);
+            self.touch(key, false, now);
         }
     }
 
@@ -59,27 +59,32 @@ impl Presence {
         self.due
     }
 
-    /// The messages that tell listeners what changed, if it is time.
+    /// The messages that tell listeners what changed, if it is time. Who came and went meanwhile is told as both.
     pub(super) fn changes(&mut self, now: Now) -> Vec<ToNode> {
         if self.due.is_none_or(|due| now < due) {
             return Vec::new();
         }
         self.due = None;
         let (mut online, mut offline) = (Vec::new(), Vec::new());
-        for key in std::mem::take(&mut self.touched) {
+        let mut passed = Vec::new();
+        for (key, came) in std::mem::take(&mut self.touched) {
             if self.online.contains_key(&key) {
                 if self.told.insert(key) {
                     online.push(key);
                 }
             } else if self.told.remove(&key) {
                 offline.push(key);
+            } else if came {
+                passed.push(key);
             }
         }
-        messages(&online, &offline)
+        // In messages of their own: within one there is no order.
+        let visits = messages(&passed, &[]).into_iter().chain(messages(&[], &passed));
+        messages(&online, &offline).into_iter().chain(visits).collect()
     }
 
-    fn touch(&mut self, key: WgKey, now: Now) {
-        self.touched.insert(key);
+    fn touch(&mut self, key: WgKey, came: bool, now: Now) {
+        *self.touched.entry(key).or_default() |= came;
         self.due.get_or_insert(now + BATCH);
     }
 }
@@ -120,6 +125,25 @@ mod tests {
         p.came(key(1), ConnId(2), due);
         assert_eq!(p.changes(due + BATCH), []);
         assert_eq!(p.due(), None);
+    }
+
+    #[test]
+    fn a_visit_within_a_batch_is_told_as_both() {
+        let mut p = Presence::default();
+        let presence = |online, offline| ToNode::Presence { full: false, online, offline };
+        p.came(key(1), ConnId(1), Now::ZERO);
+        p.went(key(1), ConnId(1), Now(1));
+        p.came(key(2), ConnId(2), Now(2));
+        let told = p.changes(Now::ZERO + BATCH);
+        assert_eq!(
+            told,
+            [presence(vec![key(2)], vec![]), presence(vec![key(1)], vec![]), presence(vec![], vec![key(1)])]
+        );
+        // One that is told already only goes.
+        p.went(key(2), ConnId(2), Now::ZERO + BATCH);
+        p.came(key(2), ConnId(3), Now::ZERO + BATCH);
+        p.went(key(2), ConnId(3), Now::ZERO + BATCH);
+        assert_eq!(p.changes(Now::ZERO + BATCH + BATCH), [presence(vec![], vec![key(2)])]);
     }
 
     #[test]
