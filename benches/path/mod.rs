@@ -5,6 +5,7 @@ use std::hint::black_box;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use etherparse::PacketBuilder;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -191,7 +192,7 @@ fn introduce(tunnel: Tunnel, key: WgKey, ip: IpAddr) -> [Update; 4] {
             traffic: Arc::default(),
         },
         Update::Tunnel { peer: PEER, tunnel: Arc::new(Mutex::new(tunnel)), index },
-        Update::Path { peer: PEER, path: Path::Direct { socket: SocketId::V4, remote: REMOTE } },
+        Update::Path { peer: PEER, path: Path::Direct { socket: SocketId::V4, remote: REMOTE }, lead: Duration::ZERO },
         Update::Mtu { peer: PEER, size: 1420, settled: true },
     ]
 }

@@ -95,7 +95,7 @@ impl Worker {
             let patience = match (from_relay.len() == BATCH, heard) {
                 (true, _) => EpollTimeout::ZERO,
                 (false, false) => EpollTimeout::from(RETRY_MS),
-                (false, true) => EpollTimeout::NONE,
+                (false, true) => self.outbound.next_release().map_or(EpollTimeout::NONE, until),
             };
             let ready = self.wait(&poll, patience)?;
             if self.stop.load(Ordering::Acquire) {
@@ -122,6 +122,7 @@ impl Worker {
                 self.inbound.handle_datagram(&Via::Relay { peer: relayed.peer }, &relayed.bytes, now, &mut self.outbox);
             }
             self.flush_established(now);
+            self.outbound.release(now, &mut self.outbox);
             self.outbox.flush();
             self.carry_out(&ready.tun, &mut from_tun, now)?;
         }
@@ -265,6 +266,11 @@ impl Worker {
             self.outbox.flush();
         }
     }
+}
+
+/// Whole milliseconds until then, not one too few.
+fn until(at: Now) -> EpollTimeout {
+    EpollTimeout::from(u16::try_from(at.since(clock::now()).as_micros().div_ceil(1_000)).unwrap_or(u16::MAX))
 }
 
 fn is_relayed(datagram: &[u8]) -> bool {

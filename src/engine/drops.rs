@@ -13,6 +13,8 @@ named! {
     NoRoute = "no-route",
     /// Outbound: more packets waited for a session than the queue holds; the oldest was dropped.
     StagedOverflow = "staged-overflow",
+    /// Outbound: more packets waited for those before them on a slower path than there is room for; the oldest was dropped.
+    HeldOverflow = "held-overflow",
     /// Outbound: the peer did not answer any handshake while the packet waited.
     HandshakeTimeout = "handshake-timeout",
     /// Outbound: the peer was removed from the network while the packet waited.

@@ -197,7 +197,7 @@ impl Inbound {
                     self.sessions.insert(index, (peer, tunnel));
                 }
             }
-            Update::Path { peer, path } => {
+            Update::Path { peer, path, lead: _ } => {
                 if let Some(p) = self.peer_mut(peer) {
                     p.direct = match path {
                         Path::Direct { socket, remote } | Path::Both { socket, remote } => {

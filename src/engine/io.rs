@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use parking_lot::Mutex;
@@ -127,6 +128,8 @@ pub enum Update {
         peer: PeerId,
         /// Where.
         path: Path,
+        /// The first packet this way waits so long behind the last that went the way before, which is slower.
+        lead: Duration,
     },
     /// How long inner packets may be on its direct path. A new direct path starts with
     /// [`BASE`](crate::engine::path::mtu::BASE).

@@ -16,6 +16,7 @@ pub mod drops;
 pub(crate) mod fit;
 pub mod flows;
 pub mod happened;
+mod hold;
 pub mod inbound;
 pub mod io;
 pub mod names;

@@ -12,6 +12,7 @@ use crate::engine::alias::Aliases;
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::fit::{Fit, Fitted};
 use crate::engine::flows::Flows;
+use crate::engine::hold::Hold;
 use crate::engine::io::{Notice, Path, PeerId, SocketId, Update};
 use crate::engine::packet::{DATA_OVERHEAD, Destination, FromTun, MIN_ROOM, OutboundSink};
 use crate::engine::path::mtu::BASE;
@@ -45,6 +46,9 @@ pub struct Outbound {
     aliases: Option<Box<Aliases>>,
     peers: Vec<Option<Peer>>,
     staged_total: usize,
+    /// Peers whose packets turn into a faster way, and the bytes that wait there in all.
+    turning: Vec<PeerId>,
+    held_bytes: usize,
     /// Holds a sealed datagram that goes both ways at once.
     scratch: Vec<u8>,
     /// Makes packets fit their path.
@@ -64,6 +68,8 @@ struct Peer {
     /// Packets that wait for a session or a path, and since when.
     staged: VecDeque<(Now, Vec<u8>)>,
     reminded: Option<Now>,
+    /// Packets that wait until those before them have arrived on a slower way.
+    hold: Option<Hold>,
 }
 
 /// The lock of the peer whose run of packets is being sealed.
@@ -79,6 +85,8 @@ impl Outbound {
             aliases: None,
             peers: Vec::new(),
             staged_total: 0,
+            turning: Vec::new(),
+            held_bytes: 0,
             scratch: Vec::new(),
             fit: Fit::default(),
             drops,
@@ -167,12 +175,14 @@ impl Outbound {
                             settled: false,
                             staged: VecDeque::new(),
                             reminded: None,
+                            hold: None,
                         });
                     }
                 }
             }
             Update::Gone(peer) => {
                 self.drop_staged(peer, Drop::PeerGone);
+                self.held_bytes -= self.held(peer).map_or(0, Hold::bytes);
                 self.routes.remove_peer(peer);
                 self.flows.set(peer, Vec::new());
                 if let Some(slot) = self.peers.get_mut(peer.0 as usize) {
@@ -184,12 +194,13 @@ impl Outbound {
                     peer.tunnel = Some(tunnel);
                 }
             }
-            Update::Path { peer, path } => {
+            Update::Path { peer, path, lead } => {
                 if let Some(p) = self.peer_mut(peer) {
                     if way(&p.path) != way(&path) {
                         (p.mtu, p.settled) = (BASE, false);
                     }
                     p.path = path;
+                    self.turn(peer, lead, now);
                     self.flush(peer, now, sink);
                 }
             }
@@ -203,6 +214,56 @@ impl Outbound {
             Update::Aliases { pairs, flows } => self.aliases = Aliases::new(&pairs, &flows),
             Update::ProbeName { .. } | Update::Serves(_) => {}
         }
+    }
+
+    /// The peer's packets go another way from now on, which is faster by `lead`.
+    fn turn(&mut self, id: PeerId, lead: Duration, now: Now) {
+        let Some(peer) = self.peer_mut(id) else { return };
+        let last = Traffic::stamp(&peer.traffic.last_tx).filter(|_| lead > Duration::ZERO);
+        let until = last.map(|at| at + lead).filter(|until| *until > now);
+        match (&mut peer.hold, until) {
+            // Nothing on the way is overtaken by the relay.
+            (Some(hold), _) if way(&peer.path).is_none() => hold.go_at(now, Duration::ZERO),
+            (Some(hold), until) => hold.go_at(hold.until().max(until.unwrap_or_default()), lead.max(hold.span())),
+            (hold @ None, Some(until)) => {
+                *hold = Some(Hold::new(until, lead));
+                self.turning.push(id);
+            }
+            (None, None) => {}
+        }
+    }
+
+    /// When [`Self::release`] is due. None: nothing waits for a time.
+    #[must_use]
+    pub fn next_release(&self) -> Option<Now> {
+        self.turning.iter().filter_map(|id| self.held(*id)).map(Hold::next).min()
+    }
+
+    /// Sends packets whose time has come, some in each turn.
+    pub fn release(&mut self, now: Now, sink: &mut impl OutboundSink) {
+        for id in std::mem::take(&mut self.turning) {
+            let Some(peer) = self.peers.get_mut(id.0 as usize).and_then(Option::as_mut) else { continue };
+            let Some(hold) = &mut peer.hold else { continue };
+            if hold.next() <= now {
+                let head = hold.turn(now, &mut self.held_bytes);
+                let over = hold.is_over(now);
+                let rest = peer.hold.take().filter(|_| !over);
+                let mut held = None;
+                for packet in &head {
+                    self.send(id, Packets::One(Some(packet)), now, &mut held, sink);
+                }
+                if let Some(peer) = self.peer_mut(id) {
+                    peer.hold = rest;
+                }
+            }
+            if self.held(id).is_some() {
+                self.turning.push(id);
+            }
+        }
+    }
+
+    fn held(&self, id: PeerId) -> Option<&Hold> {
+        self.peers.get(id.0 as usize)?.as_ref()?.hold.as_ref()
     }
 
     /// Sends what waited for a session of this peer or a path to it, if there are both now.
@@ -244,6 +305,12 @@ impl Outbound {
         let limit = peer.limit();
         if peer.traffic.needs_watching() {
             sink.notice(Notice::Active(id));
+        }
+        if peer.hold.as_ref().is_some_and(|hold| !hold.is_over(now)) {
+            while let Some(packet) = packets.next() {
+                self.wait_in_line(id, packet);
+            }
+            return;
         }
         // 4 session: lock it once for the peer's run of packets
         if held.as_ref().is_none_or(|(holder, _)| *holder != id) {
@@ -309,6 +376,13 @@ impl Outbound {
             peer.reminded = Some(now);
             sink.notice(Notice::NeedSession(id));
         }
+    }
+
+    fn wait_in_line(&mut self, id: PeerId, packet: &[u8]) {
+        let Self { peers, held_bytes, drops, .. } = self;
+        let hold = peers.get_mut(id.0 as usize).and_then(Option::as_mut).and_then(|peer| peer.hold.as_mut());
+        let dropped = hold.map_or(0, |hold| hold.push(packet, held_bytes));
+        drops.add(Drop::HeldOverflow, dropped as u64);
     }
 
     fn drop_staged(&mut self, id: PeerId, why: Drop) {

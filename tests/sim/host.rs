@@ -57,6 +57,8 @@ pub(crate) struct Machines {
     /// Updates on their way to the worker, and when they are there.
     updates: VecDeque<(Now, Update)>,
     last_update: Now,
+    /// When the worker is looked after because packets wait.
+    release: Option<Now>,
     last_notice: Now,
     slow_waiting: usize,
     now: Now,
@@ -92,6 +94,7 @@ impl Machines {
             dice,
             updates: VecDeque::new(),
             last_update: now,
+            release: None,
             last_notice: now,
             slow_waiting: 0,
             now,
@@ -170,6 +173,8 @@ impl Machines {
         self.tick(now);
         let mut sink = Sink::default();
         self.apply_updates(Some(now), &mut sink);
+        self.outbound.release(now, &mut sink);
+        self.release = None;
         self.collect(sink, wants);
     }
 
@@ -192,7 +197,7 @@ impl Machines {
                 return;
             }
             let Some((_, update)) = self.updates.pop_front() else { return };
-            if let Update::Path { peer, path } = &update {
+            if let Update::Path { peer, path, .. } = &update {
                 self.sending.insert(*peer, *path);
             }
             self.inbound.apply(update.clone());
@@ -201,6 +206,12 @@ impl Machines {
     }
 
     fn collect(&mut self, sink: Sink, wants: &mut Vec<Want>) {
+        // One look for each time that something is due, not one for each packet.
+        let due = self.outbound.next_release().map(|at| at.max(self.now)).filter(|at| self.release != Some(*at));
+        if let Some(at) = due {
+            wants.push(Want::Worker(at));
+        }
+        self.release = due.or(self.release);
         for (to, bytes) in sink.datagrams {
             wants.push(match to {
                 Destination::Udp { socket, remote } => Want::Udp { socket, remote, bytes, ttl: None },

@@ -72,6 +72,8 @@ pub(crate) enum Action {
     Tell { kind: MessageKind, round: u32, t: Option<u64>, echo: Option<u64>, role: Option<Role> },
     /// Use this path from now on.
     Select(Path),
+    /// Use this direct path from now on. Packets arrive there so much sooner that the first must wait.
+    Turn { leg: Leg, lead: Duration },
     /// The direct path in use takes inner packets of this size; `settled`: and no larger ones, as far as can be told.
     Mtu { size: u16, settled: bool },
 }

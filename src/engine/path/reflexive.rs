@@ -12,6 +12,8 @@ use crate::wire::stun::TransactionId;
 
 /// Waits before each repetition of an unanswered request. Shorter than RFC 8489's 500 ms: a call waits for this.
 const RETRY: [Duration; 3] = [Duration::from_millis(200), Duration::from_millis(400), Duration::from_millis(800)];
+/// Once a whole family has answered, the others are not waited for longer than twice as long as it took, and at least this.
+const OVERDUE: Duration = Duration::from_millis(50);
 /// Servers asked in each family: two, so that a mapping that depends on the destination shows.
 const SERVERS_PER_FAMILY: usize = 2;
 /// An answer younger than this is taken for true. NATs must keep a mapping for 30 s at least (nat.md: Linux, one-way).
@@ -24,6 +26,9 @@ pub(crate) struct Reflexive {
     asked: Vec<Asked>,
     seen: Vec<Seen>,
     last_done: Option<Now>,
+    /// When the questions under way were first sent, and how long the slowest answer took.
+    began: Now,
+    slowest: Duration,
     ever_answered: bool,
     unanswered_since: Option<Now>,
 }
@@ -50,6 +55,8 @@ impl Reflexive {
             asked: Vec::new(),
             seen: Vec::new(),
             last_done: None,
+            began: Now::ZERO,
+            slowest: Duration::ZERO,
             ever_answered: false,
             unanswered_since: None,
         }
@@ -95,6 +102,16 @@ impl Reflexive {
         self.servers.is_empty() || self.last_done.is_some_and(|at| now.since(at) < FRESH)
     }
 
+    /// From when on a call may go out although a family has not answered: it is blocked, or leads nowhere. None: no family has
+    /// answered as a whole.
+    pub(crate) fn enough_at(&self) -> Option<Now> {
+        let answered = |v4: bool| {
+            let seen = self.seen.iter().any(|s| s.server.is_ipv4() == v4);
+            seen && !self.asked.iter().any(|a| a.server.is_ipv4() == v4)
+        };
+        (self.is_asking() && (answered(true) || answered(false))).then(|| self.began + OVERDUE.max(self.slowest * 2))
+    }
+
     /// Forgets what was learned: the network changed.
     pub(crate) fn forget(&mut self) {
         self.seen.clear();
@@ -107,6 +124,7 @@ impl Reflexive {
         if self.is_asking() {
             return;
         }
+        (self.began, self.slowest) = (now, Duration::ZERO);
         for server in self.servers.clone() {
             let txid = fresh_txid(prefix, rng);
             send.push_back(Question { txid, server });
@@ -157,7 +175,10 @@ impl Reflexive {
         now: Now,
     ) -> Option<Answered> {
         let position = self.asked.iter().position(|a| a.txid == *txid && a.server == from)?;
-        let server = self.asked.swap_remove(position).server;
+        let Asked { server, tries, .. } = self.asked.swap_remove(position);
+        if tries == 0 {
+            self.slowest = self.slowest.max(now.since(self.began));
+        }
         self.ever_answered = true;
         let before = self.seen.iter().find(|s| s.server == server).map(|s| s.mapped);
         self.seen.retain(|s| s.server != server);
@@ -299,6 +320,21 @@ mod tests {
         r.distrust();
         assert!(!r.is_fresh(Now(3)));
         assert_eq!(r.addresses().len(), 1, "known until something better is");
+    }
+
+    #[test]
+    fn a_family_that_does_not_answer_is_not_waited_for() {
+        let mut r = Reflexive::new();
+        let servers: Vec<SocketAddr> =
+            ["203.0.113.1:3478", "203.0.113.1:3479", "[2001:db8::1]:3478"].map(|s| s.parse().unwrap()).to_vec();
+        r.set_servers(&servers);
+        let questions = ask(&mut r, Now::from_millis(1_000));
+        let mapped = "198.51.100.1:5".parse().unwrap();
+        r.answer(&questions[0].txid, servers[0], mapped, Now::from_millis(1_020)).unwrap();
+        assert_eq!(r.enough_at(), None, "the same family may tell more");
+        r.answer(&questions[1].txid, servers[1], mapped, Now::from_millis(1_040)).unwrap();
+        assert_eq!(r.enough_at(), Some(Now::from_millis(1_080)));
+        assert!(r.is_asking() && !r.is_usable());
     }
 
     #[test]

@@ -66,7 +66,8 @@ impl Planner {
                 return;
             }
             let fresh = self.reflexive.is_fresh(now) && !self.reflexive.is_asking();
-            if fresh || self.reflexive.is_usable() {
+            let enough = self.reflexive.enough_at().is_some_and(|at| at <= now);
+            if fresh || enough || self.reflexive.is_usable() {
                 if !fresh {
                     // If the answers differ from what is told now, the peer is called again.
                     self.ask_stun();
@@ -76,7 +77,7 @@ impl Planner {
             } else {
                 self.awaiting_stun.entry(id).or_insert(now + STUN_PATIENCE);
                 self.ask_stun();
-                self.schedule_awaiting();
+                self.hurry_awaiting();
             }
             return;
         }
@@ -117,7 +118,8 @@ impl Planner {
             Action::Tell { kind, round, t, echo, role } => {
                 self.tell(id, kind, round, t, echo, role.map(|role| Punch { role, ..Punch::default() }));
             }
-            Action::Select(path) => self.select(id, path),
+            Action::Select(path) => self.select(id, path, Duration::ZERO),
+            Action::Turn { leg, lead } => self.select(id, leg.direct(), lead),
             Action::Mtu { size, settled } => {
                 self.update(Update::Mtu { peer: id, size, settled });
                 if size > self.interface_mtu {
@@ -150,7 +152,8 @@ impl Planner {
         may
     }
 
-    fn select(&mut self, id: PeerId, path: Path) {
+    /// `lead`: how much sooner packets arrive this way than those that went before.
+    fn select(&mut self, id: PeerId, path: Path, lead: Duration) {
         let now = self.now;
         let path = if path == Path::Relay { self.without_direct_path() } else { path };
         let Some(peer) = self.peer_mut(id) else { return };
@@ -178,7 +181,7 @@ impl Planner {
             None => {}
         }
         let left_direct = matches!(was, Path::Direct { .. }) && !matches!(path, Path::Direct { .. });
-        self.update(Update::Path { peer: id, path });
+        self.update(Update::Path { peer: id, path, lead });
         if left_direct {
             self.ping_again(id);
         }
@@ -210,7 +213,7 @@ impl Planner {
         let relayed = |path: &Path| matches!(path, Path::Relay | Path::None);
         let ids: Vec<PeerId> = self.talking().filter(|(_, t)| relayed(&t.path)).map(|(id, _)| id).collect();
         for id in ids {
-            self.select(id, Path::Relay);
+            self.select(id, Path::Relay, Duration::ZERO);
         }
     }
 
@@ -351,9 +354,10 @@ impl Planner {
             }
             MessageKind::Answer => self.heard_answer(id, &message),
             MessageKind::Go => {
-                let awaited = self.with_agent(id, |agent, _, cx| agent.heard_go(message.round, cx));
+                let rtt = message.t.map(|t| Duration::from_micros(t).min(LONGEST_ROUND_TRIP));
+                let awaited = self.with_agent(id, |agent, _, cx| agent.heard_go(message.round, rtt, cx));
                 if let (Some(true), Some(punch)) = (awaited, message.punch) {
-                    let rtt = Duration::from_micros(message.t.unwrap_or(0)).min(LONGEST_ROUND_TRIP);
+                    let rtt = rtt.unwrap_or_default();
                     self.asked_to_punch(id, punch.role, rtt);
                 }
             }

@@ -289,7 +289,7 @@ impl Planner {
         if let Some(peer) = self.peer_mut(id) {
             peer.talk = Some(Box::new(Talk::new(keys, agent, path, now)));
         }
-        self.update(Update::Path { peer: id, path });
+        self.update(Update::Path { peer: id, path, lead: Duration::ZERO });
         self.by_name.insert(name, id);
         self.update(Update::ProbeName { peer: id, name });
         true

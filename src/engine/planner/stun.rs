@@ -127,6 +127,7 @@ impl Planner {
             self.verify_paths();
         }
         self.tell_new_candidates();
+        self.hurry_awaiting();
         true
     }
 
@@ -158,6 +159,14 @@ impl Planner {
             }
         }
         addresses
+    }
+
+    /// Calls and answers wait for STUN no longer than it is likely to tell more.
+    pub(super) fn hurry_awaiting(&mut self) {
+        if let Some(at) = self.reflexive.enough_at() {
+            self.awaiting_stun.values_mut().for_each(|until| *until = (*until).min(at));
+        }
+        self.schedule_awaiting();
     }
 
     /// Peers that are being looked for without an address that is known by now are called (again).

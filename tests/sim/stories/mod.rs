@@ -10,6 +10,7 @@ mod ciphertext_only;
 mod coordinator_dies;
 mod direct_path_blackholed;
 mod double_nat;
+mod fast_upgrade;
 mod first_packet;
 mod ipv6_only;
 mod jumbo;
@@ -43,6 +44,7 @@ named_runs! {
     coordinator_dies => coordinator_dies::run,
     direct_path_blackholed => direct_path_blackholed::run,
     double_nat => double_nat::run,
+    fast_upgrade => fast_upgrade::run,
     first_packet => first_packet::run,
     ipv6_only => ipv6_only::run,
     jumbo => jumbo::run,

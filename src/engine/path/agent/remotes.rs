@@ -60,9 +60,13 @@ impl PathAgent {
     pub(crate) fn heard_candidates(&mut self, candidates: &[Offer], theirs: NatView) {
         self.theirs = theirs;
         let current = self.current.map(|c| c.leg);
-        // The newest list replaces older ones; what has answered lately stays.
-        self.remotes.retain(|r| {
-            Some(r.leg) == current || r.last_pong.is_some() || candidates.iter().any(|c| c.addr == r.leg.remote)
+        // The newest list replaces older ones; what has answered lately stays, and what may be about to: an address that the
+        // peer does not know of itself, but its probes come from.
+        let Self { remotes, in_flight, .. } = self;
+        remotes.retain(|r| {
+            let asked = r.heard && in_flight.iter().any(|p| p.to == r.leg);
+            let offered = || candidates.iter().any(|c| c.addr == r.leg.remote);
+            Some(r.leg) == current || r.last_pong.is_some() || asked || offered()
         });
         for offer in candidates {
             let leg = self.leg_to(offer.addr, offer.near);

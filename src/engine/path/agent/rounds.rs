@@ -164,10 +164,11 @@ impl PathAgent {
         true
     }
 
-    /// The caller says go. Returns whether that was awaited.
-    pub(crate) fn heard_go<R: Rng>(&mut self, round: u32, cx: &mut Context<'_, R>) -> bool {
+    /// The caller says go, and how long the round trip through the relay took it. Returns whether that was awaited.
+    pub(crate) fn heard_go<R: Rng>(&mut self, round: u32, rtt: Option<Duration>, cx: &mut Context<'_, R>) -> bool {
         let awaited = matches!(self.stage, Stage::Answered { .. }) && round == self.round;
         if awaited {
+            self.relay_rtt = rtt.or(self.relay_rtt);
             self.stage = Stage::Punching { start: cx.now, step: 0 };
             self.tick(Stamps::default(), cx);
         }

@@ -75,7 +75,7 @@ fn whoever_is_called_opens_its_nat_and_probes_what_needs_no_opening() {
     assert_eq!(probed(&actions), [(addr(OPEN), true), (addr(NEAR), true)]);
     assert_eq!(primed(&actions), [addr(CLOSED)]);
     assert_eq!(probed(&bench.pass(100)), [], "the rest waits for the go");
-    let (awaited, actions) = bench.act(|agent, cx| agent.heard_go(1, cx));
+    let (awaited, actions) = bench.act(|agent, cx| agent.heard_go(1, Some(Duration::from_millis(60)), cx));
     assert!(awaited && probed(&actions).contains(&(addr(CLOSED), true)));
 }
 
@@ -166,7 +166,8 @@ fn a_better_path_takes_over_after_three_measurements() {
         if probed(&actions).contains(&(addr(OPEN), true)) {
             measured += 1;
             let actions = bench.answer(&actions, OPEN, 20);
-            let selected = actions.contains(&Action::Select(Leg::main(addr(OPEN)).direct()));
+            let selected =
+                actions.iter().any(|a| matches!(a, Action::Turn { leg, .. } if *leg == Leg::main(addr(OPEN))));
             assert_eq!(selected, measured == 3, "measurement {measured}");
             if selected {
                 return;
@@ -197,4 +198,21 @@ fn sockets_that_are_closed_take_their_legs_with_them() {
     let Some(Action::Probe { txid, .. }) = actions.first() else { panic!("{actions:?}") };
     bench.agent.forget_sockets(&[SocketId(9)]);
     assert!(!bench.agent.sent(txid));
+}
+
+#[test]
+fn a_call_that_comes_twice_does_not_undo_what_the_first_began() {
+    const UNKNOWN: &str = "203.0.113.9:6001";
+    let mut bench = Bench::new();
+    let offers = [offer(CLOSED, false, false)];
+    bench.agent.heard_candidates(&offers, NatView::default());
+    bench.act(|agent, cx| agent.heard_call(1, Some(7), false, cx));
+    bench.act(|agent, cx| agent.candidates_ready(cx));
+    let leg = Leg::main(addr(UNKNOWN));
+    let (_, actions) = bench.act(|agent, cx| agent.heard_probe(leg, false, true, cx));
+    assert_eq!(probed(&actions), [(addr(UNKNOWN), true)], "an address that only the probe shows");
+    bench.agent.heard_candidates(&offers, NatView::default());
+    bench.act(|agent, cx| agent.heard_call(1, Some(9), false, cx));
+    let actions = bench.answer(&actions, UNKNOWN, 40);
+    assert!(actions.iter().any(|a| matches!(a, Action::Turn { leg: to, .. } if *to == leg)), "{actions:?}");
 }

@@ -9,6 +9,11 @@ const QUIET_RTTS: u32 = 3;
 const QUIET_MIN: Duration = Duration::from_millis(300);
 /// Packets on the relay when a path is chosen have arrived after this time.
 const UNDER_WAY: Duration = Duration::from_millis(500);
+/// Half the difference of two round trips is how much sooner packets arrive; queues may make it so much more.
+const LEAD_SLACK: Duration = Duration::from_millis(15);
+/// The same where nobody has measured the relay, and at most.
+const LEAD_UNKNOWN: Duration = Duration::from_millis(40);
+const LEAD_MAX: Duration = Duration::from_millis(500);
 /// Another path must be better by both of these to take over (hysteresis).
 const BETTER_BY: Duration = Duration::from_millis(5);
 const BETTER_PERCENT: u32 = 10;
@@ -148,6 +153,16 @@ impl PathAgent {
         }
     }
 
+    /// How much sooner a packet that goes a way with this round trip arrives than one sent just now.
+    fn lead(&self, rtt: Duration) -> Duration {
+        let before = match &self.current {
+            None => self.relay_rtt,
+            Some(c) if c.doubt.is_some() => self.relay_rtt.max(Some(c.rtt)),
+            Some(c) => Some(c.rtt),
+        };
+        before.map_or(LEAD_UNKNOWN, |before| (before / 2 + LEAD_SLACK).saturating_sub(rtt / 2)).min(LEAD_MAX)
+    }
+
     /// A path is proven both ways: is it the one to use?
     pub(super) fn consider<R: Rng>(&mut self, leg: Leg, rtt: Duration, cx: &mut Context<'_, R>) {
         let near = self.remotes.iter().any(|r| r.leg == leg && r.near);
@@ -172,6 +187,7 @@ impl PathAgent {
         };
         if better {
             let found = Found { how: self.how(leg), attempt: self.failures };
+            let lead = self.lead(rtt);
             self.current =
                 Some(Current { leg, since: cx.now, rtt, last_pong: cx.now, last_probe: cx.now, doubt: None, found });
             self.failed = None;
@@ -184,7 +200,7 @@ impl PathAgent {
             self.next_round = None;
             self.next_review = cx.now + REVIEW;
             self.search = Search::new(size, cx.now);
-            cx.actions.push_back(Action::Select(leg.direct()));
+            cx.actions.push_back(Action::Turn { leg, lead });
             cx.actions.push_back(Action::Mtu { size: self.search.size(), settled: self.search.is_settled() });
         }
     }
