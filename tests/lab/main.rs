@@ -24,6 +24,7 @@
 #![allow(unreachable_pub, reason = "a program: nothing in it is reached from outside")]
 
 mod cases;
+mod contact;
 mod flow;
 mod home_router;
 mod machine;

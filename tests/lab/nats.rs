@@ -146,6 +146,8 @@ pub fn routed(internet: &Segment) -> Result<()> {
     let (namespace, bridge) = (internet.namespace(), internet.bridge_name());
     namespace.ip(&format!("addr add {HOP}/24 dev {bridge}"))?;
     namespace.sysctl("ipv4/ip_forward", "1")?;
+    // Only the bridge answers for its address: the near end of a slow cable would lead past the cable.
+    namespace.sysctl("ipv4/conf/all/arp_ignore", "1")?;
     for which in ["all", bridge] {
         namespace.sysctl(&format!("ipv4/conf/{which}/send_redirects"), "0")?;
     }

@@ -10,10 +10,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use meshd::cli::demo::net::{Namespace, Segment};
 use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::TimeSpec;
 
 /// Larger than any frame with segmentation offload, and the header in front of it.
 const FRAME: usize = 70_000;
+/// Bytes that may wait until a cable's thread takes them.
+const KERNEL_BUFFER: usize = 8 << 20;
 /// Frames a cable holds at most; more are dropped, as by any full queue.
 const CABLE_HOLDS: usize = 20_000;
 
@@ -146,6 +149,9 @@ fn open(namespace: &Namespace, interface: Option<&str>) -> Result<OwnedFd> {
         }
         // SAFETY: `fd` was just opened and nobody else has it.
         let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        setsockopt(&socket, sockopt::RcvBufForce, &KERNEL_BUFFER)
+            // In a user namespace the system's limit holds.
+            .or_else(|_| setsockopt(&socket, sockopt::RcvBuf, &KERNEL_BUFFER))?;
         const PACKET_IGNORE_OUTGOING: i32 = 23;
         let mut options = vec![];
         if interface.is_some() {

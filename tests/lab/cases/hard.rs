@@ -1,15 +1,17 @@
 //! Pairs of NATs by the kernel: how long it takes until both sides send directly, and how many packets.
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::process::Child;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use meshd::cli::demo::net::Router;
 use meshd::wire::local::{PathKind, Punching};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
+use crate::contact::{self, Contact};
 use crate::nats::{self, Foreign};
-use crate::packets::{behind, delay};
+use crate::packets::delay;
 use crate::runner::{Case, case};
 use crate::world::{Icmp, Node, World, ensure, eventually, let_pass, until};
 
@@ -17,7 +19,12 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("hard::endpoint_independent_to_the_same", || row("eim+apdf", "linux", 0, Bar::ms(150))),
         case("hard::address_restricted_to_symmetric", || row("eim+adf", "linux+random", 0, Bar::ms(200))),
+        case("hard::full_cone_to_symmetric", || row("eim+eif", "linux+random", 0, Bar::ms(100))),
+        case("hard::symmetric_to_full_cone", || row("linux+random", "eim+eif", 0, Bar::ms(100))),
         case("hard::routers_without_a_firewall", || row("linux+open", "linux+open", 0, Bar::ms(300))),
+        case("hard::routers_without_a_firewall_and_one_side_300_ms_late", || {
+            row("linux+open", "linux+open", 0, Bar { late: Some(Duration::from_millis(300)), ..Bar::ms(300) })
+        }),
         case("hard::sequential_to_port_restricted", || {
             row("apdm+apdf+seq", "linux", 200, Bar { packets: Some(150), ..Bar::ms(500) })
         }),
@@ -42,18 +49,6 @@ const PAIRS: u8 = 5;
 /// What is not direct by then is not.
 const PATIENCE: Duration = Duration::from_secs(12);
 
-/// A pair that met while the machine was further behind than this, or so many threads wanted each processor, says nothing about
-/// time.
-const BEHIND: Duration = Duration::from_millis(4);
-const CROWDED: f64 = 2.0;
-
-/// Threads on this machine that run or want to.
-fn runnable() -> Result<f64> {
-    let text = std::fs::read_to_string("/proc/loadavg")?;
-    let counts = text.split_whitespace().nth(3).and_then(|field| field.split('/').next()?.parse().ok());
-    counts.context("/proc/loadavg is not as expected")
-}
-
 /// What is promised of a row: all pairs must be direct in the end, and of those measured on a machine that kept up all but one
 /// in time.
 #[derive(Clone, Copy)]
@@ -62,11 +57,13 @@ struct Bar {
     /// Of both sides together.
     packets: Option<u64>,
     packets_a_side: Option<u64>,
+    /// The called node stands still for so long from the first packet on; the time counts from there.
+    late: Option<Duration>,
 }
 
 impl Bar {
     const fn ms(ms: u64) -> Self {
-        Self { time: Duration::from_millis(ms), packets: None, packets_a_side: None }
+        Self { time: Duration::from_millis(ms), packets: None, packets_a_side: None, late: None }
     }
 }
 
@@ -123,18 +120,6 @@ fn punching(node: &Node) -> Result<Punching> {
     Ok(node.status()?.nat.punching.unwrap_or_default())
 }
 
-/// How one pair met.
-#[derive(Debug, Clone, Copy)]
-struct Met {
-    after: Option<Duration>,
-    /// Of each side, until then.
-    packets: [u64; 2],
-    /// The most that a frame came late meanwhile.
-    behind: Duration,
-    /// Threads that wanted a processor meanwhile, on average, for each there is.
-    load: f64,
-}
-
 impl Pair {
     fn packets(&self) -> Result<[u64; 2]> {
         Ok([punching(&self.nodes[0])?.probes, punching(&self.nodes[1])?.probes])
@@ -145,27 +130,21 @@ impl Pair {
         Ok(a.path(&b.name)? == PathKind::Direct && b.path(&a.name)? == PathKind::Direct)
     }
 
-    /// From the first packet until both send directly.
-    fn meet(&self) -> Result<Met> {
+    /// How the two met, and the packets of each until then.
+    fn meet(&self, late: Option<Duration>) -> Result<(Contact, [u64; 2])> {
         let [a, b] = &self.nodes;
-        let (before, to) = (self.packets()?, b.address(true)?);
-        behind();
-        let start = Instant::now();
-        let mut pings = Pings(a.start_icmp(to, &["-q", "-i", "0.02", "-W", "5"])?.0);
-        let mut met = Met { after: None, packets: [0; 2], behind: Duration::ZERO, load: 0.0 };
-        let mut load = Vec::new();
-        while met.after.is_none() && start.elapsed() < PATIENCE {
-            let_pass(Duration::from_millis(3));
-            load.push(runnable()?);
-            met.after = self.is_direct()?.then(|| start.elapsed());
-        }
-        pings.end();
-        met.behind = behind();
-        met.load =
-            load.iter().sum::<f64>() / load.len().max(1) as f64 / std::thread::available_parallelism()?.get() as f64;
+        let before = self.packets()?;
+        let pid = Pid::from_raw(i32::try_from(b.pid()?)?);
+        let met = contact::make_while(a, b, PATIENCE, || {
+            if let Some(late) = late {
+                kill(pid, Signal::SIGSTOP)?;
+                let_pass(late);
+                kill(pid, Signal::SIGCONT)?;
+            }
+            Ok(())
+        })?;
         let after = self.packets()?;
-        met.packets = [after[0] - before[0], after[1] - before[1]];
-        Ok(met)
+        Ok((met, [after[0] - before[0], after[1] - before[1]]))
     }
 
     /// What was opened and is not used is closed, and what is left carries packets both ways.
@@ -191,22 +170,6 @@ impl Pair {
     }
 }
 
-/// A `ping` that ends with this.
-struct Pings(Child);
-
-impl Pings {
-    fn end(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Drop for Pings {
-    fn drop(&mut self) {
-        self.end();
-    }
-}
-
 /// Every pair of a row meets, one after the other.
 fn row(left: &str, right: &str, foreign: u32, bar: Bar) -> Result<()> {
     let (world, pairs) = pairs(left, right, PAIRS)?;
@@ -215,37 +178,17 @@ fn row(left: &str, right: &str, foreign: u32, bar: Bar) -> Result<()> {
         others.push(Foreign::start(&router.namespace, foreign)?);
     }
     join(&world, &pairs)?;
-    let mut met = Vec::new();
-    for pair in &pairs {
-        met.push(pair.meet()?);
-    }
-    report(left, right, foreign, &met);
+    let met: Vec<(Contact, [u64; 2])> = pairs.iter().map(|pair| pair.meet(bar.late)).collect::<Result<_>>()?;
     for pair in &pairs {
         pair.settles()?;
     }
-    let good = |m: &&Met| {
-        m.after.is_some_and(|after| after <= bar.time)
-            && bar.packets.is_none_or(|most| m.packets.iter().sum::<u64>() <= most)
-            && bar.packets_a_side.is_none_or(|most| m.packets.iter().all(|side| *side <= most))
+    let polite = |packets: &[u64; 2]| {
+        bar.packets.is_none_or(|most| packets.iter().sum::<u64>() <= most)
+            && bar.packets_a_side.is_none_or(|most| packets.iter().all(|side| *side <= most))
     };
-    let judged: Vec<&Met> = met.iter().filter(|m| m.behind <= BEHIND && m.load <= CROWDED).collect();
-    let in_time = judged.iter().copied().filter(good).count();
-    ensure(met.iter().all(|m| m.after.is_some()), || format!("not all are direct: {met:?}"))?;
-    ensure(in_time + 1 >= judged.len(), || format!("only {in_time} within {:?}: {met:?}", bar.time))
-}
-
-fn report(left: &str, right: &str, foreign: u32, met: &[Met]) {
-    let mut times: Vec<u128> = met.iter().filter_map(|m| m.after).map(|after| after.as_millis()).collect();
-    times.sort_unstable();
-    let packets: Vec<u64> = met.iter().map(|m| m.packets.iter().sum()).collect();
-    let behind = met.iter().map(|m| m.behind).max().unwrap_or_default();
-    let load = met.iter().map(|m| m.load).fold(0.0, f64::max);
-    println!(
-        "{left} × {right}, {foreign} others a second: {} of {} direct after {times:?} ms; packets of both {packets:?}; \
-         the machine was at most {behind:?} behind, with {load:.1} threads a processor",
-        times.len(),
-        met.len(),
-    );
+    let packets: Vec<u64> = met.iter().map(|(_, packets)| packets.iter().sum()).collect();
+    let what = format!("{left} × {right}, {foreign} others a second, packets of both {packets:?}");
+    contact::judge(&what, &met, bar.time + bar.late.unwrap_or_default(), polite)
 }
 
 /// A machine that may open few files cannot open 256 sockets: no such punch is begun, and `status` says why.

@@ -11,11 +11,13 @@ use meshd::wire::local::PathKind;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
+use crate::contact;
 use crate::flow::{Flow, percentile};
+use crate::nats;
 use crate::net::{Topology, two_homes};
 use crate::packets::delay;
 use crate::runner::{Case, case};
-use crate::world::{Node, ensure, eventually, let_pass, until};
+use crate::world::{Node, World, ensure, eventually, let_pass, until};
 
 pub fn cases() -> Vec<Case> {
     let long = |case: Case| Case { limit: Duration::from_secs(240), ..case };
@@ -343,14 +345,19 @@ fn first_contact() -> Result<()> {
     let release = std::env::var_os("MESHD_LAB_RELEASE");
     const NAMES: [&str; 5] = ["b1", "b2", "b3", "b4", "b5"];
     const ROUTERS: [&str; 5] = ["r1", "r2", "r3", "r4", "r5"];
-    let (mut lab, _, _) = two_homes(Nat::Home, Nat::Home, Duration::from_millis(5))?;
-    lab.machines.truncate(1);
+    let world = World::new()?;
+    nats::routed(&world.internet)?;
+    delay(&world.internet, "coord", Duration::from_millis(5))?;
+    let site = |name: &'static str, router: &str, number: u8, kind: &str| -> Result<(&'static str, Namespace)> {
+        let r = nats::router(&world.internet, router, number, kind)?;
+        delay(&world.internet, router, Duration::from_millis(10))?;
+        Ok((name, r.lan.host(name, 2)?))
+    };
+    let mut machines = vec![site("a", "ra", 21, "linux")?];
     for (number, (name, router)) in (31..).zip(NAMES.into_iter().zip(ROUTERS)) {
-        let nat = if number % 2 == 0 { Nat::OpenInput } else { Nat::Home };
-        let r = lab.world.internet.router(router, number, nat)?;
-        delay(&lab.world.internet, router, Duration::from_millis(10))?;
-        lab.machines.push((name, r.lan.host(name, 2)?));
+        machines.push(site(name, router, number, if number % 2 == 0 { "linux+open" } else { "linux" })?);
     }
+    let lab = Topology { world, machines };
     let nodes = lab.machines.iter().map(|(name, machine)| Node {
         binary: release.clone().map_or_else(|| env!("CARGO_BIN_EXE_meshd").into(), Into::into),
         ..Node::new(name, machine.clone())
@@ -358,23 +365,11 @@ fn first_contact() -> Result<()> {
     let nodes = lab.world.join_as(nodes.collect())?;
     // Every NAT was examined by now.
     let_pass(Duration::from_secs(4));
-    let mut times = Vec::new();
+    let mut met = Vec::new();
     for node in &nodes[1..] {
-        let began = Instant::now();
-        let flow = Flow::start(&nodes[0], node)?;
-        let_pass(Duration::from_secs(2));
-        let ended = Instant::now();
-        let beats = flow.stop()?;
-        // Relayed one way only: 50 ms.
-        let direct = beats.first_faster_than(Duration::from_millis(47), began, ended);
-        println!("{}: direct {:?} ms after the first packet", node.name, direct.map(|d| d.as_millis()));
-        times.push(direct.unwrap_or(LIMIT));
+        met.push((contact::make(&nodes[0], node, LIMIT)?, ()));
     }
-    let (median, worst) = (percentile(times.clone(), 50), percentile(times.clone(), 100));
-    println!("median {} ms, worst {} ms, n = {}", median.as_millis(), worst.as_millis(), times.len());
-    // 150 ms are the aim, and kept in the simulator; measured here were 172 ms, and a busy machine adds to it.
-    let bar = Duration::from_millis(400);
-    ensure(worst <= bar, || format!("direct only after {worst:?}"))
+    contact::judge("one port for all destinations on both sides", &met, Duration::from_millis(150), |()| true)
 }
 
 /// A TCP connection through the mesh.

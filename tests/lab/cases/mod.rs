@@ -25,6 +25,7 @@ mod secrecy;
 mod services;
 mod sites;
 mod stun;
+mod upgrade;
 mod why;
 
 use crate::runner::Case;
@@ -33,6 +34,7 @@ use crate::runner::Case;
 pub fn all() -> Vec<Case> {
     let mut cases = join::cases();
     cases.extend(paths::cases());
+    cases.extend(upgrade::cases());
     cases.extend(healing::cases());
     cases.extend(mtu::cases());
     cases.extend(portmap::cases());

@@ -1,7 +1,7 @@
 //! Paths that take shorter or longer packets than Ethernet, with and without a word about it.
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
@@ -22,6 +22,7 @@ pub fn cases() -> Vec<Case> {
         case("mtu::a_path_that_begins_to_drop_packets_over_1400_bytes_stalls_tcp_for_less_than_a_second", || {
             begins(1_400)
         }),
+        case("mtu::the_longest_datagram_over_a_narrow_path_and_by_the_relay", longest),
         case("mtu::a_link_of_1400_bytes_behind_a_router_that_says_so", || link_of_1400(true)),
         case("mtu::a_link_of_1400_bytes_behind_a_router_that_says_nothing", || link_of_1400(false)),
         case("mtu::a_network_of_9000_bytes_is_used", jumbo),
@@ -133,6 +134,55 @@ fn drops_from_the_start() -> Result<()> {
         let pings =
             nodes[0].icmp(nodes[1].address(v4)?, &["-c", "10", "-i", "0.05", "-W", "3", "-M", "do", "-s", payload])?;
         ensure(pings.received == 10, || format!("full packets: {pings:?}"))?;
+    }
+    Ok(())
+}
+
+/// 65,507 bytes of UDP arrive whole, each time: by the relay's UDP, and over a path that takes 1,200 bytes.
+fn longest() -> Result<()> {
+    let (lab, [ra, _]) = homes()?;
+    ra.nft(
+        "table inet hole {\n chain f {\n type filter hook forward priority -10\n ip daddr 203.0.113.22 meta l4proto udp drop\n \
+         ip saddr 203.0.113.22 meta l4proto udp drop\n }\n}\n",
+    )?;
+    let nodes = lab.join()?;
+    until("packets are relayed by UDP", Duration::from_secs(10), || {
+        nodes[0].ping("b", &["-c", "1"])?;
+        let by_udp = |node: &Node| anyhow::Ok(node.status()?.coordinator.relay.as_deref() == Some("udp"));
+        Ok((by_udp(&nodes[0])? && by_udp(&nodes[1])?).then_some(()))
+    })?;
+    whole_datagrams(&nodes, "by the relay")?;
+    ensure(mtu(&nodes[0], "b")?.0 == PathKind::Relay, || "not relayed".to_owned())?;
+    narrow(&ra, 1_200)?;
+    ra.nft("delete table inet hole\n")?;
+    one_by_one(&nodes)?;
+    nodes[0].namespace.ip("addr add 192.168.21.77/24 dev eth0")?;
+    found(&nodes, 1_120, Duration::from_secs(40))?;
+    whole_datagrams(&nodes, "directly, in packets of 1,120 bytes")?;
+    ensure(mtu(&nodes[0], "b")? == (PathKind::Direct, Some(1_120)), || "not direct any more".to_owned())
+}
+
+/// Ten there and ten back, one after the other.
+fn whole_datagrams(nodes: &[Node], how: &str) -> Result<()> {
+    const LONGEST: usize = 65_507;
+    for (here, there) in [(&nodes[0], &nodes[1]), (&nodes[1], &nodes[0])] {
+        let bind = |node: &Node| -> Result<UdpSocket> {
+            let address = node.address(true)?;
+            Ok(node.namespace.enter(|| UdpSocket::bind((address, 0)))??)
+        };
+        let (from, to) = (bind(here)?, bind(there)?);
+        to.set_read_timeout(Some(Duration::from_secs(2)))?;
+        let (mut sent, mut came) = (vec![0; LONGEST], vec![0; LONGEST + 1]);
+        let mut whole = 0;
+        for number in 0..10 {
+            sent.fill(number);
+            from.send_to(&sent, to.local_addr()?)?;
+            whole += usize::from(to.recv(&mut came).is_ok_and(|n| came[..n] == sent));
+        }
+        println!("{whole} of 10 datagrams of {LONGEST} bytes from {} to {} {how}", here.name, there.name);
+        let drops = || nodes.iter().map(|n| n.run(&["status", "--drops"]).unwrap_or_default()).collect::<String>();
+        // One fragment lost by a busy machine is one datagram.
+        ensure(whole >= 9, || format!("{whole} of 10 arrived {how}\n{}", drops()))?;
     }
     Ok(())
 }

@@ -1,15 +1,15 @@
 //! Routers that map ports: what they make reachable, and what becomes of a mapping.
 
-use std::net::UdpSocket;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use meshd::cli::demo::net::{Namespace, Nat};
-use meshd::wire::local::{Netcheck, PathKind};
+use meshd::wire::local::Netcheck;
 
+use crate::contact::{self, Contact};
 use crate::home_router::{Miniupnpd, Speaks, grant_by_pcp, hairpin, kill, public_address, reach_public_addresses};
 use crate::net::Topology;
-use crate::packets::{behind, delay};
+use crate::packets::delay;
 use crate::runner::{Case, case};
 use crate::world::{Node, World, ensure, eventually, let_pass, until, wait_for_peers};
 
@@ -102,10 +102,9 @@ fn nobody() -> Result<()> {
     ensure(text.contains("none at the router 192.168.21.1"), || text.clone())
 }
 
-/// Brings b up anew and times from a's first packet to a direct path, several times; b then knows nothing of earlier paths.
-fn first_contacts(nodes: &[Node], endpoint: impl Fn(&str) -> bool) -> Result<Vec<Contact>> {
+/// Brings both up anew and times from b's first packet to a direct path, several times; b then knows nothing of earlier paths.
+fn first_contacts(nodes: &[Node], endpoint: impl Fn(&str) -> bool) -> Result<Vec<(Contact, ())>> {
     let (a, b) = (&nodes[0], &nodes[1]);
-    let to = (a.address(true)?, 9);
     let mut times = Vec::new();
     for _ in 0..CONTACTS {
         for node in [a, b] {
@@ -127,42 +126,12 @@ fn first_contacts(nodes: &[Node], endpoint: impl Fn(&str) -> bool) -> Result<Vec
             let known = |node: &Node| anyhow::Ok(node.status()?.nat.filtering.is_some());
             Ok((known(a)? && known(b)?).then_some(()))
         })?;
-        // A node that just came up waits for STUN servers it cannot reach, here those by IPv6, before it tells where it is.
-        let_pass(Duration::from_secs(2));
-        let socket = b.namespace.enter(|| UdpSocket::bind("0.0.0.0:0"))??;
-        behind();
-        let start = Instant::now();
-        socket.send_to(b"hello", to)?;
-        let took = until("the path is direct", Duration::from_secs(5), || {
-            Ok((b.path(&a.name)? == PathKind::Direct).then(|| start.elapsed()))
-        })?;
+        let met = contact::make(b, a, Duration::from_secs(5))?;
         let at = b.peer(&a.name)?.path.endpoint.unwrap_or_default();
-        ensure(endpoint(&at), || format!("direct, but to {at}"))?;
-        times.push(Contact { took, behind: behind() });
+        ensure(endpoint(&at), || format!("direct, but to {at}: {met:?}"))?;
+        times.push((met, ()));
     }
-    times.sort_unstable_by_key(|contact| contact.took);
-    let shown: Vec<String> = times.iter().map(|c| format!("{} ms", c.took.as_millis())).collect();
-    println!("direct after {}; median {}", shown.join(", "), shown[shown.len() / 2]);
     Ok(times)
-}
-
-/// A first contact.
-#[derive(Debug, Clone, Copy)]
-struct Contact {
-    took: Duration,
-    /// The most that a frame came late meanwhile, because the machine had other things to do.
-    behind: Duration,
-}
-
-/// A contact made while the machine was further behind than this says nothing about time.
-const BEHIND: Duration = Duration::from_millis(4);
-
-/// Of the contacts made while the machine kept up, all but one must have been in time.
-fn in_time(contacts: &[Contact], bar: Duration) -> Result<()> {
-    let judged: Vec<&Contact> = contacts.iter().filter(|c| c.behind <= BEHIND).collect();
-    let good = judged.iter().filter(|c| c.took <= bar).count();
-    println!("{good} of {} within {bar:?}; {} not judged", judged.len(), contacts.len() - judged.len());
-    ensure(good + 1 >= judged.len(), || format!("only {good} within {bar:?}: {contacts:?}"))
 }
 
 /// ```text
@@ -190,7 +159,9 @@ fn mapped(nat: Nat) -> Result<()> {
     let nodes = Topology { world, machines: vec![("a", a), ("b", b)] }.join()?;
     wait_for_mapping(&nodes[0])?;
     let contacts = first_contacts(&nodes, |at| at.starts_with(&format!("{}:", public_address(21))))?;
-    in_time(&contacts, Duration::from_millis(100))
+    contact::judge("a mapped port and another port for each destination", &contacts, Duration::from_millis(100), |()| {
+        true
+    })
 }
 
 /// ```text
