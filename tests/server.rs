@@ -662,3 +662,40 @@ async fn what_the_relay_carried_survives_a_restart_and_nodes_hear_of_a_spent_bud
     assert_eq!(control.until(told).await, (true, renewed));
     again.stop().await;
 }
+
+/// RFC 8489 section 6.2.2, on the port that speaks HTTP and TLS.
+#[tokio::test]
+async fn the_tcp_port_also_answers_stun() {
+    use meshd::wire::stun::{Change, TransactionId, binding_request, decode_binding_response};
+    let dir = tempfile::tempdir().unwrap();
+    for tls in [Tls::Off, Tls::SelfMade] {
+        let server = start_with(&config(&dir.path().join(format!("{tls:?}")), tls)).await;
+        let mut stream = within(TcpStream::connect(server.listen)).await.unwrap();
+        for n in 0..3 {
+            let txid = TransactionId([n; 12]);
+            // In two pieces, as a stream may come.
+            let request = binding_request(&txid, Change::default());
+            stream.write_all(&request[..7]).await.unwrap();
+            stream.flush().await.unwrap();
+            stream.write_all(&request[7..]).await.unwrap();
+            let mut head = [0; 20];
+            within(stream.read_exact(&mut head)).await.unwrap();
+            let mut answer = head.to_vec();
+            answer.resize(20 + usize::from(u16::from_be_bytes([head[2], head[3]])), 0);
+            within(stream.read_exact(&mut answer[20..])).await.unwrap();
+            let response = decode_binding_response(&answer).unwrap();
+            assert_eq!((response.txid, response.mapped), (txid, stream.local_addr().unwrap()));
+        }
+        // Too long, and not STUN after all: the end of it.
+        for junk in [&b"\x00\x01\xff\xff"[..], &b"\x00"[..]] {
+            let mut stream = within(TcpStream::connect(server.listen)).await.unwrap();
+            stream.write_all(junk).await.unwrap();
+            stream.write_all(&[0xff; 30]).await.unwrap();
+            let mut rest = Vec::new();
+            // Closed, with or without a reset for what was not read.
+            let _ = within(stream.read_to_end(&mut rest)).await;
+            assert!(rest.is_empty());
+        }
+        server.stop().await;
+    }
+}

@@ -88,7 +88,8 @@ fn line(pong: &Pong) -> String {
         PathKind::Relay => "relay",
         PathKind::None => "an unknown path",
     };
-    let endpoint = endpoint.as_ref().map_or_else(String::new, |endpoint| format!(" {endpoint}"));
+    let tcp = if pong.tcp == Some(true) { " (TCP)" } else { "" };
+    let endpoint = endpoint.as_ref().map_or_else(String::new, |endpoint| format!(" {endpoint}{tcp}"));
     let time = pong.rtt_ms.map_or_else(String::new, |ms| format!(" in {}", millis(ms)));
     format!("pong from {peer} ({address}) via {kind}{endpoint}{time}")
 }
@@ -106,6 +107,7 @@ mod tests {
             answered: true,
             path,
             endpoint: Some(endpoint.to_owned()),
+            tcp: None,
             rtt_ms: Some(rtt_ms),
         }
     }
@@ -114,6 +116,8 @@ mod tests {
     fn the_line_is_the_one_scripts_rely_on() {
         let direct = pong(PathKind::Direct, "203.0.113.9:50112", 12.3);
         assert_eq!(line(&direct), "pong from nas (100.71.0.2) via direct 203.0.113.9:50112 in 12 ms");
+        let tcp = Pong { tcp: Some(true), ..direct };
+        assert_eq!(line(&tcp), "pong from nas (100.71.0.2) via direct 203.0.113.9:50112 (TCP) in 12 ms");
         let relay = pong(PathKind::Relay, "coordinator", 30.8);
         assert_eq!(line(&relay), "pong from nas (100.71.0.2) via relay coordinator in 31 ms");
         let lost = Pong { answered: false, ..relay };

@@ -184,6 +184,7 @@ fn peers(status: &Status) -> Vec<Vec<String>> {
 fn peer_row(peer: &StatusPeer) -> Vec<String> {
     let dash = || "-".to_owned();
     let path = match peer.path.kind {
+        PathKind::Direct if peer.path.tcp == Some(true) => "direct, TCP",
         PathKind::Direct => "direct",
         PathKind::Relay => "relay",
         PathKind::None if peer.online => "idle",

@@ -38,6 +38,7 @@ mod service;
 pub mod settings;
 mod stop;
 pub mod store;
+mod tcp;
 mod watch;
 mod worker;
 

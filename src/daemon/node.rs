@@ -39,6 +39,7 @@ use crate::daemon::routing::{self, Routing};
 use crate::daemon::settings::SettingsDesk;
 use crate::daemon::stop::{Reason, Stopper};
 use crate::daemon::store::{Endpoint, Joined, State, Store};
+use crate::daemon::tcp;
 use crate::daemon::watch::{self as surroundings, Known, NetworkWatch};
 use crate::daemon::worker::{self, Worker};
 use crate::daemon::{Options, UpReport, control_link, problem};
@@ -51,6 +52,7 @@ use crate::link::proxy::Environment;
 use crate::link::{self, Proxies};
 use crate::os::manager::Manager;
 use crate::os::netlink::{Changes, Netlink};
+use crate::os::streams::Streams;
 use crate::os::tun::{Tun, TunError};
 use crate::os::udp::{BindError, UdpSockets};
 use crate::os::wake::Wake;
@@ -270,6 +272,14 @@ impl Node {
             secret: control_secret,
             proxies: Arc::clone(&proxies),
         });
+        let (tcp, tcp_orders, to_streams) = tcp::channels(wake.clone(), Arc::clone(&drops));
+        let connections = tcp::Driver {
+            orders: tcp_orders,
+            handle: tcp.clone(),
+            planner: handle.inputs.clone(),
+            coordinator: Arc::clone(&coordinator),
+            wanted: port,
+        };
         let delivery = Delivery { queue: relayed, wake: wake.clone() };
         let (relay, relay_ended) = relay_thread::start(
             Arc::clone(&coordinator),
@@ -302,8 +312,16 @@ impl Node {
         let data_stop = Arc::new(AtomicBool::new(false));
         let notices = Notices::new(slow, facts, Arc::clone(&drops));
         let counters = Arc::new(Counters::default());
-        let outbox =
-            Outbox::new(tun, Arc::clone(&sockets), relay.clone(), notices, Arc::clone(&drops), Arc::clone(&counters));
+        let streams = Streams::new().map_err(|e| thread_problem(&e))?;
+        let outbox = Outbox::new(
+            tun,
+            Arc::clone(&sockets),
+            relay.clone(),
+            streams,
+            notices,
+            Arc::clone(&drops),
+            Arc::clone(&counters),
+        );
         let worker = Worker {
             outbound,
             inbound,
@@ -311,6 +329,7 @@ impl Node {
             sockets: Arc::clone(&sockets),
             updates: update_queue,
             relayed: relayed_queue,
+            streams: to_streams,
             wake: wake.clone(),
             stop: Arc::clone(&data_stop),
         };
@@ -379,6 +398,7 @@ impl Node {
         let wiring = Wiring {
             planner,
             sockets,
+            tcp,
             updates,
             wake: wake.clone(),
             slow: slow_notices,
@@ -455,6 +475,7 @@ impl Node {
             tokio::spawn(checker),
             tokio::spawn(expelled),
             tokio::spawn(carrier_driver.run()),
+            tokio::spawn(connections.run()),
             tokio::spawn(trials),
             tokio::spawn(behind),
             data_watch,
@@ -740,6 +761,7 @@ fn punch_limits(options: &Options, health: &Health) -> Limits {
     }
     Limits {
         extra_sockets,
+        tcp: true,
         probes_per_second: options.punch_rate.unwrap_or(usual.probes_per_second),
         entries_per_minute: options.punch_entries.unwrap_or(usual.entries_per_minute),
         ..usual

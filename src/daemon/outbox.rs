@@ -16,6 +16,7 @@ use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Notice, PeerId, SocketId, Via};
 use crate::engine::packet::{Destination, InboundSink, OutboundSink};
 use crate::engine::steer::Steering;
+use crate::os::streams::Streams;
 use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS};
 use crate::os::tun::{FromKernel, Tun};
 use crate::os::udp::{Outgoing, PIECES, SendError, Sender, UdpSockets};
@@ -94,6 +95,7 @@ pub(super) struct Outbox {
     sockets: Arc<UdpSockets>,
     sender: Sender,
     relay: RelayHandle,
+    streams: Streams,
     notices: Notices,
     /// Told after the locks are released.
     untold: Vec<Notice>,
@@ -115,6 +117,7 @@ impl Outbox {
         tun: Tun,
         sockets: Arc<UdpSockets>,
         relay: RelayHandle,
+        streams: Streams,
         notices: Notices,
         drops: Arc<Drops>,
         counters: Arc<Counters>,
@@ -125,6 +128,7 @@ impl Outbox {
             sockets,
             sender: Sender::default(),
             relay,
+            streams,
             notices,
             untold: Vec::new(),
             drops,
@@ -177,6 +181,36 @@ impl Outbox {
     /// What carries relayed packets.
     pub(super) const fn carrier(&self) -> &Arc<RelayCarrier> {
         self.relay.carrier()
+    }
+
+    /// The TCP connections to peers.
+    pub(super) const fn streams(&mut self) -> &mut Streams {
+        &mut self.streams
+    }
+
+    /// The same, only to look at.
+    pub(super) const fn streams_ref(&self) -> &Streams {
+        &self.streams
+    }
+
+    /// Queues a datagram in a TCP connection.
+    pub(super) fn queue_in_stream(&mut self, socket: SocketId, datagram: &[u8]) {
+        if !self.streams.send(socket, datagram) {
+            self.drops.count(Drop::StreamFull);
+        }
+    }
+
+    /// Connections that can be read from now, after what waited in others was written.
+    pub(super) fn ready_streams(&mut self, into: &mut Vec<SocketId>) {
+        let mut broken = Vec::new();
+        self.streams.ready(into, &mut broken);
+        self.untold.extend(broken.into_iter().map(Notice::StreamClosed));
+    }
+
+    fn flush_streams(&mut self) {
+        let mut broken = Vec::new();
+        self.streams.flush(&mut broken);
+        self.untold.extend(broken.into_iter().map(Notice::StreamClosed));
     }
 
     /// Counts datagrams that came together.
@@ -237,12 +271,19 @@ impl Outbox {
             let Waiting { to, ecn, gone, .. } = self.waiting[first];
             match to {
                 _ if gone => {}
+                Destination::Udp { socket, .. } if socket.is_stream() => {
+                    let datagram = &self.datagrams.bytes[self.waiting[first].place.clone()];
+                    if !self.streams.send(socket, datagram) {
+                        self.drops.count(Drop::StreamFull);
+                    }
+                }
                 Destination::Udp { socket, remote } => self.send_train(first, socket, remote, ecn),
                 Destination::Relay { peer } => self.relay(first, peer),
             }
         }
         self.waiting.clear();
         self.datagrams.clear();
+        self.flush_streams();
     }
 
     /// What is relayed by UDP goes to the relay's address from here on, like what goes to a peer's.

@@ -14,6 +14,7 @@ use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
 use crate::daemon::control_link::ControlHandle;
 use crate::daemon::health::Health;
 use crate::daemon::relay_thread::RelayHandle;
+use crate::daemon::tcp::TcpHandle;
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Event, Input, Notice, Output, Path, RoutePlan, SocketId, Update, Via};
 use crate::engine::planner::{Planner, Worked};
@@ -117,6 +118,7 @@ impl ToStore {
 pub(super) struct Wiring {
     pub(super) planner: Planner,
     pub(super) sockets: Arc<UdpSockets>,
+    pub(super) tcp: TcpHandle,
     pub(super) updates: SyncSender<Update>,
     pub(super) wake: Wake,
     pub(super) slow: mpsc::Receiver<Notice>,
@@ -231,6 +233,7 @@ impl Driver {
                 Output::Prime { via, bytes, ttl } => self.prime(via, &bytes, ttl),
                 Output::OpenSockets(sockets) => self.open(&sockets),
                 Output::CloseSockets(sockets) => self.w.sockets.extra().close(&sockets),
+                Output::Tcp(order) => self.w.tcp.order(order),
                 // Whoever sets it may have gone, when the daemon ends.
                 Output::InterfaceMtu(mtu) => drop(self.w.interface_mtu.send(mtu)),
                 Output::Control(message) => self.control.send(message),
@@ -265,6 +268,7 @@ impl Driver {
         tracing::trace!(?via, bytes = bytes.len(), "sent by the planner");
         match via {
             Via::Relay { peer } => self.relay.urgent(peer, bytes),
+            Via::Udp { socket, .. } if socket.is_stream() => self.w.tcp.send(socket, bytes),
             Via::Udp { socket, remote } => {
                 let sent = self.w.sockets.send(socket, &remote, &bytes);
                 self.note_sent(via, bytes.len(), sent);
@@ -314,6 +318,8 @@ impl Driver {
                 let (kind, address) = match path {
                     Path::None => ("none", None),
                     Path::Relay => ("relay", None),
+                    // Where a connection leads is no place to send datagrams to.
+                    Path::Direct { socket, .. } if socket.is_stream() => ("direct, TCP", None),
                     Path::Direct { remote, .. } => ("direct", Some(*remote)),
                     Path::Both { remote, .. } => ("both", Some(*remote)),
                 };

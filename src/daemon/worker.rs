@@ -9,18 +9,21 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tokio::sync::oneshot;
 
 use crate::daemon::outbox::{FromRelay, Outbox};
+use crate::daemon::tcp::ToStreams;
 use crate::engine::drops::Drop;
 use crate::engine::inbound::Inbound;
-use crate::engine::io::{SocketId, Update, Via};
+use crate::engine::io::{Notice, SocketId, Update, Via};
 use crate::engine::outbound::Outbound;
-use crate::engine::packet::{Arrival, FromTun, MIN_ROOM};
+use crate::engine::packet::{Arrival, FromTun, MIN_ROOM, OutboundSink};
 use crate::os::clock;
+use crate::os::streams::{Arrived, End};
 use crate::os::train::{Receiver as Trains, Train};
 use crate::os::tun::{FromKernel, QUEUES};
 use crate::os::udp::UdpSockets;
@@ -33,6 +36,8 @@ use crate::wire::relay_udp::HEADER;
 const BATCH: usize = 64;
 /// Inner bytes that one train of datagrams may hold.
 const TRAIN: usize = 1 << 16;
+/// How often TCP connections are looked at that should be closed, while there are any.
+const EXPIRE: Duration = Duration::from_millis(500);
 /// How soon the planner is told again what it had no room for.
 const RETRY_MS: u16 = 10;
 
@@ -45,6 +50,7 @@ pub(super) struct Worker {
     pub(super) sockets: Arc<UdpSockets>,
     pub(super) updates: Receiver<Update>,
     pub(super) relayed: Receiver<FromRelay>,
+    pub(super) streams: Receiver<ToStreams>,
     pub(super) wake: Wake,
     pub(super) stop: Arc<AtomicBool>,
 }
@@ -73,6 +79,7 @@ struct Ready {
     v4: bool,
     v6: bool,
     extra: bool,
+    streams: bool,
 }
 
 /// What the kernel is to tell of: the numbers it tells by are those of the TUN queues, and these.
@@ -80,6 +87,7 @@ const WAKE: u64 = 100;
 const V4: u64 = 101;
 const V6: u64 = 102;
 const EXTRA: u64 = 103;
+const STREAMS: u64 = 104;
 
 impl Worker {
     fn run(mut self) -> io::Result<()> {
@@ -89,13 +97,17 @@ impl Worker {
         let mut from_relay = Vec::with_capacity(BATCH);
         let mut origins = Vec::new();
         let mut readable = Vec::new();
+        let mut from_stream = Arrived::default();
         loop {
             let heard = self.outbox.retry_notices();
             // A full batch from the relay may have left more behind, which nothing would wake us for.
             let patience = match (from_relay.len() == BATCH, heard) {
                 (true, _) => EpollTimeout::ZERO,
                 (false, false) => EpollTimeout::from(RETRY_MS),
-                (false, true) => self.outbound.next_release().map_or(EpollTimeout::NONE, until),
+                (false, true) => {
+                    let expire = (!self.outbox.streams().is_empty()).then(|| clock::now() + EXPIRE);
+                    self.outbound.next_release().into_iter().chain(expire).min().map_or(EpollTimeout::NONE, until)
+                }
             };
             let ready = self.wait(&poll, patience)?;
             if self.stop.load(Ordering::Acquire) {
@@ -108,6 +120,7 @@ impl Worker {
             if !self.take_updates(now) {
                 return Ok(());
             }
+            self.look_after_streams(now);
             self.list_readable(&ready, &mut readable);
             for socket in readable.drain(..) {
                 self.sockets.receive(socket, &mut from_udp);
@@ -117,6 +130,19 @@ impl Worker {
                     return Ok(());
                 }
                 self.carry_in(socket, &from_udp, &mut origins, now);
+            }
+            if ready.streams {
+                self.outbox.ready_streams(&mut readable);
+                for socket in readable.drain(..) {
+                    let result = self.outbox.streams().receive(socket, &mut from_stream, now);
+                    if !self.take_updates(now) {
+                        return Ok(());
+                    }
+                    self.carry_stream_in(socket, &from_stream, now);
+                    if let Err(end) = result {
+                        self.stream_ended(socket, end);
+                    }
+                }
             }
             for relayed in &from_relay {
                 self.inbound.handle_datagram(&Via::Relay { peer: relayed.peer }, &relayed.bytes, now, &mut self.outbox);
@@ -157,11 +183,12 @@ impl Worker {
             }
         }
         poll.add(self.sockets.extra().descriptor(), readable(EXTRA))?;
+        poll.add(self.outbox.streams_ref().descriptor(), readable(STREAMS))?;
         Ok(poll)
     }
 
     fn wait(&self, poll: &Epoll, patience: EpollTimeout) -> io::Result<Ready> {
-        let mut events = [EpollEvent::empty(); QUEUES + 4];
+        let mut events = [EpollEvent::empty(); QUEUES + 5];
         let count = match poll.wait(&mut events, patience) {
             Ok(count) => count,
             Err(Errno::EINTR) => 0,
@@ -175,6 +202,7 @@ impl Worker {
                 V4 => ready.v4 = true,
                 V6 => ready.v6 = true,
                 EXTRA => ready.extra = true,
+                STREAMS => ready.streams = true,
                 queue => {
                     let queue = usize::try_from(queue).ok().and_then(|queue| ready.tun.get_mut(queue));
                     queue.into_iter().for_each(|ready| *ready = true);
@@ -213,6 +241,47 @@ impl Worker {
                 Err(TryRecvError::Disconnected) => return false,
             }
         }
+    }
+
+    /// Takes what the planner wants done with TCP connections, and ends those that are of no use.
+    fn look_after_streams(&mut self, now: Now) {
+        while let Ok(order) = self.streams.try_recv() {
+            let streams = self.outbox.streams();
+            match order {
+                ToStreams::Add { socket, remote, tcp } => {
+                    if !streams.add(socket, remote, tcp, now) {
+                        self.stream_ended(socket, End::Refused);
+                    }
+                }
+                ToStreams::Send { socket, bytes } => self.outbox.queue_in_stream(socket, &bytes),
+                ToStreams::Trust(socket) => streams.trust(socket),
+                ToStreams::Close(socket) => streams.close(socket),
+            }
+        }
+        let mut ended = Vec::new();
+        self.outbox.streams().expire(now, &mut ended);
+        for (socket, end) in ended {
+            self.stream_ended(socket, end);
+        }
+        self.outbox.flush();
+    }
+
+    fn stream_ended(&mut self, socket: SocketId, end: End) {
+        if end == End::Refused {
+            self.outbox.count(Drop::StreamRefused, 1);
+        }
+        OutboundSink::notice(&mut self.outbox, Notice::StreamClosed(socket));
+    }
+
+    fn carry_stream_in(&mut self, socket: SocketId, arrived: &Arrived, now: Now) {
+        let Some(remote) = arrived.remote else { return };
+        let (count, bytes) = arrived.datagrams().fold((0, 0), |(n, bytes), d| (n + 1, bytes + d.len()));
+        if count == 0 {
+            return;
+        }
+        self.outbox.count_received(count, bytes);
+        let arrival = Arrival::by(Via::Udp { socket, remote });
+        self.inbound.handle_train(&arrival, arrived.datagrams(), now, &mut self.outbox);
     }
 
     fn carry_in(&mut self, socket: SocketId, trains: &Trains, origins: &mut Vec<Origin>, now: Now) {

@@ -27,6 +27,10 @@ named! {
     RelayBusy = "relay-busy",
     /// Outbound: the socket refused the datagram.
     SendFailed = "send-failed",
+    /// Outbound: more waits in the TCP connection to the peer than it may hold, or it is gone; newest dropped.
+    StreamFull = "stream-full",
+    /// Inbound: a TCP connection of a stranger that was one too many, took too long, or sent something else than a path probe.
+    StreamRefused = "stream-refused",
     /// Inbound: the first bytes are those of no protocol that meshd speaks.
     Junk = "junk",
     /// Inbound: the queue of handshakes and probes to the planner is full; newest dropped.

@@ -104,6 +104,7 @@ mod tests {
                 since_s: None,
                 reason: None,
                 mtu: None,
+                tcp: None,
             },
             rx_bytes: 0,
             tx_bytes: 0,

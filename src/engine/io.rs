@@ -21,8 +21,8 @@ use crate::wire::local::{Netcheck, Pong, Problem};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PeerId(pub u32);
 
-/// One of the node's UDP sockets. The first is the IPv4 one, the second the IPv6 one; others are opened and closed as the
-/// planner asks for ([`Output::OpenSockets`]).
+/// One of the node's UDP sockets, or a TCP connection in the place of one. The first is the IPv4 one, the second the IPv6 one;
+/// others are opened and closed as the planner asks for ([`Output::OpenSockets`], [`Output::Tcp`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SocketId(pub u16);
 
@@ -31,6 +31,18 @@ impl SocketId {
     pub const V4: Self = Self(0);
     /// The IPv6 socket.
     pub const V6: Self = Self(1);
+
+    /// From here on the number is that of a TCP connection to a peer, which carries datagrams one after the other
+    /// ([`crate::wire::framed`]). Those that this node makes are numbered by the planner.
+    pub const FIRST_STREAM: u16 = 0x8000;
+    /// From here on it is one that somebody else made, numbered by the shell.
+    pub const FIRST_ACCEPTED: u16 = 0xC000;
+
+    /// It is a TCP connection.
+    #[must_use]
+    pub const fn is_stream(self) -> bool {
+        self.0 >= Self::FIRST_STREAM
+    }
 
     /// The socket that reaches `remote`.
     #[must_use]
@@ -45,7 +57,7 @@ impl SocketId {
 /// How a datagram came or is to go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Via {
-    /// By UDP.
+    /// By UDP, or in a TCP connection to the peer if [`SocketId::is_stream`].
     Udp {
         /// Which of our sockets.
         socket: SocketId,
@@ -66,7 +78,7 @@ pub enum Path {
     None,
     /// Through the relay.
     Relay,
-    /// By UDP to a proven address.
+    /// By UDP to a proven address, or in a TCP connection.
     Direct {
         /// Which of our sockets.
         socket: SocketId,
@@ -193,6 +205,8 @@ pub enum Notice {
         /// UDP payload, bytes.
         len: usize,
     },
+    /// A TCP connection is gone, or was never made.
+    StreamClosed(SocketId),
 }
 
 /// A port mapping granted by a router.
@@ -294,6 +308,21 @@ pub enum Input {
     /// Those of the sockets asked for that are open now, each on a fresh port. Answers every [`Output::OpenSockets`]; what
     /// arrives on them is handed in like anything else, with their number in [`Via::Udp`].
     SocketsOpened(Vec<SocketId>),
+    /// Answers [`TcpOrder::Gather`]: the TCP port that is listened on, and how servers see connections made from it. None: there
+    /// is none to be had.
+    TcpReady {
+        /// Listened on in both families.
+        port: Option<u16>,
+        /// From outside.
+        seen: Vec<SocketAddr>,
+    },
+    /// A TCP connection is there: one that was ordered, or somebody else's.
+    TcpOpened {
+        /// Its number.
+        socket: SocketId,
+        /// The other end.
+        remote: SocketAddr,
+    },
     /// A router granted a port mapping to the IPv4 socket, or renewed it; None: it is gone. A private or 100.64/10 address is
     /// worth telling too: it serves peers behind the same carrier.
     PortMapped(Option<PortMapping>),
@@ -356,6 +385,8 @@ pub enum Output {
     OpenSockets(Vec<SocketId>),
     /// Close these. Their numbers may be used again.
     CloseSockets(Vec<SocketId>),
+    /// Do something about TCP connections to peers. Only with [`crate::engine::planner::Limits::tcp`].
+    Tcp(TcpOrder),
     /// Tell every data worker. Queued before any datagram that lets the peer act on it.
     Update(Update),
     /// The network interface should take packets of this many bytes from now on: some direct path does. Only ever more than
@@ -378,6 +409,28 @@ pub enum Output {
     ResolveStun(Vec<crate::wire::control::StunServer>),
     /// Something a watcher may want to know.
     Event(Event),
+}
+
+/// What the shell does for TCP connections to peers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum TcpOrder {
+    /// Listen on a TCP port, if that is not so yet, and ask a STUN server over TCP, in a connection made from that port and kept
+    /// for a while, how it is seen from outside. Answered by [`Input::TcpReady`] within a second.
+    Gather,
+    /// Connect from the port, and keep trying for a few seconds while the other side may be late. Answered by
+    /// [`Input::TcpOpened`] or [`Notice::StreamClosed`].
+    Dial {
+        /// Its number from now on.
+        socket: SocketId,
+        /// Where to.
+        to: SocketAddr,
+    },
+    /// A peer has proven itself on this connection: it counts as a stranger's no more.
+    Trust(SocketId),
+    /// End these. No notice follows.
+    Close(Vec<SocketId>),
+    /// Listen no more.
+    Stop,
 }
 
 /// For the local API, logs and hooks.

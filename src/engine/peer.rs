@@ -51,6 +51,9 @@ pub(crate) struct Talk {
     pub(crate) told: Vec<SocketAddr>,
     /// Where the peer is seen, IPv4.
     pub(crate) target: Option<SocketAddr>,
+    /// Where the peer takes TCP connections, and whether our last call or answer told where we do.
+    pub(crate) tcp: Vec<SocketAddr>,
+    pub(crate) told_tcp: bool,
     /// One of the peer's candidates lets everybody in, as far as it knows.
     pub(crate) open: bool,
     /// What STUN servers see of this round's fresh port, if it has one.
@@ -127,6 +130,8 @@ impl Talk {
             before: None,
             wanted_until: Now::ZERO,
             told: Vec::new(),
+            tcp: Vec::new(),
+            told_tcp: false,
             target: None,
             open: false,
             fresh_addresses: Vec::new(),

@@ -143,7 +143,8 @@ impl Node {
                     | Output::Prime { .. }
                     | Output::OpenSockets(_)
                     | Output::InterfaceMtu(_)
-                    | Output::CloseSockets(_) => {}
+                    | Output::CloseSockets(_)
+                    | Output::Tcp(_) => {}
                 }
             }
             if self.notices.is_empty() {

@@ -17,6 +17,7 @@ pub mod netlink;
 pub mod process;
 pub mod router;
 pub mod segments;
+pub mod streams;
 pub mod train;
 pub mod tun;
 pub mod udp;

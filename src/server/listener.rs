@@ -5,6 +5,8 @@
 //! | `/v1/control`, `/v1/relay` | WebSocket, then Noise (`link/`) |
 //! | `/healthz` | JSON for load balancers and people |
 //!
+//! What begins like STUN is STUN over TCP (`server/stun_tcp.rs`), before TLS.
+//!
 //! The path of the public URL, if it has one, may stand before these. Every step of a connection has a deadline, the number
 //! of connections a cap, and a site may begin only so many a second: what a flood of strangers can cost is bounded before
 //! any key is computed with.
@@ -41,6 +43,7 @@ use crate::os::clock;
 use crate::server::control_conn;
 use crate::server::coordinator_task::Handle;
 use crate::server::relay_conn::Relay;
+use crate::server::stun_tcp;
 use crate::trust::keys::Secret32;
 use crate::wire::local::Problem;
 use crate::wire::version;
@@ -184,6 +187,19 @@ impl Connection {
         // Best effort: a connection works without.
         let _ = stream.set_nodelay(true);
         let _ = SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT);
+        let mut first = [0];
+        match timeout(HEAD_DEADLINE, stream.peek(&mut first)).await {
+            Ok(Ok(1)) => {}
+            Ok(_) => return,
+            Err(_) => return tracing::debug!("nothing came on a connection"),
+        }
+        if let (stun_tcp::FIRST_BYTE, Some(local)) = (first[0], self.local) {
+            let mut stop = self.stop;
+            return tokio::select! {
+                () = stun_tcp::serve(stream, self.peer, local) => {}
+                _ = stop.changed() => {}
+            };
+        }
         let Some(tls) = tls else { return self.http(stream).await };
         match timeout(TLS_DEADLINE, tls.accept(stream)).await {
             Ok(Ok(stream)) => self.http(stream).await,

@@ -30,6 +30,7 @@ mod relay_conn;
 pub mod state_dir;
 pub mod store;
 mod stun_socket;
+mod stun_tcp;
 pub mod tls;
 mod udp_relay;
 

@@ -359,7 +359,7 @@ pub struct StatusPeer {
 pub struct StatusPath {
     /// `direct`, `relay`, or `none`.
     pub kind: PathKind,
-    /// Direct: the peer's UDP address. Relay: the coordinator's URL.
+    /// Direct: the peer's address. Relay: the coordinator's URL.
     pub endpoint: Option<String>,
     /// Last measured round trip.
     pub rtt_ms: Option<f64>,
@@ -371,13 +371,16 @@ pub struct StatusPath {
     /// Bytes of the longest packets that go this way whole.
     #[serde(default)]
     pub mtu: Option<u16>,
+    /// Direct: by a TCP connection instead of UDP.
+    #[serde(default)]
+    pub tcp: Option<bool>,
 }
 
 /// The kinds of path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PathKind {
-    /// UDP to the peer's own address.
+    /// To the peer's own address, by UDP or in a TCP connection.
     Direct,
     /// Through a relay.
     Relay,
@@ -427,8 +430,11 @@ pub struct Pong {
     pub answered: bool,
     /// The path it took.
     pub path: PathKind,
-    /// Direct: the peer's UDP address. Relay: `coordinator`.
+    /// Direct: the peer's address. Relay: `coordinator`.
     pub endpoint: Option<String>,
+    /// Direct: by a TCP connection instead of UDP.
+    #[serde(default)]
+    pub tcp: Option<bool>,
     /// Round trip in milliseconds.
     pub rtt_ms: Option<f64>,
 }

@@ -3,6 +3,7 @@
 pub mod classify;
 pub mod control;
 pub mod fragment;
+pub mod framed;
 pub mod hook;
 pub mod ip;
 pub mod keys;

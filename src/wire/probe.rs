@@ -46,6 +46,9 @@ pub const MAX_SEALED: usize = 1200;
 /// The most candidates a message may hold.
 pub const MAX_CANDIDATES: usize = 16;
 
+/// The most TCP addresses a message may hold.
+pub const MAX_TCP: usize = 6;
+
 const VERSION: u8 = 1;
 /// The only purpose so far: does this path carry packets both ways.
 const PATH_CHECK: u8 = 1;
@@ -326,6 +329,10 @@ pub struct PeerMessage {
     /// In a call: the sender uses a fresh port for this round, and so should the receiver.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fresh: Option<bool>,
+    /// Where the sender listens for TCP connections and makes them from, as seen from outside and by itself: given when one of
+    /// the two has no UDP. At most [`MAX_TCP`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tcp: Vec<SocketAddr>,
     /// The sender's part in a punch with many sockets or ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub punch: Option<Punch>,
@@ -496,7 +503,7 @@ pub fn open(keys: &ProbeKeys, bytes: &[u8]) -> Result<PeerMessage, SealedError> 
         .map_err(|_| SealedError::BadSeal)?;
     let message: PeerMessage = serde_json::from_slice(&plain).map_err(|_| SealedError::Malformed)?;
     let too_long = |word: &Option<String>| word.as_ref().is_some_and(|w| w.len() > MAX_WORD);
-    if too_long(&message.mapping) || too_long(&message.filtering) {
+    if too_long(&message.mapping) || too_long(&message.filtering) || message.tcp.len() > MAX_TCP {
         return Err(SealedError::Malformed);
     }
     if message.v == VERSION { Ok(message) } else { Err(SealedError::Unsupported) }

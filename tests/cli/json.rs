@@ -59,6 +59,7 @@ fn status() -> Status {
         since_s: rtt_ms.map(|_| 63),
         reason: reason.map(str::to_owned),
         mtu: rtt_ms.map(|_| if kind == PathKind::Direct { 1420 } else { 1280 }),
+        tcp: (kind == PathKind::Direct).then_some(false),
     };
     let peer = |name: &str, number: u8, online, path| StatusPeer {
         name: name.to_owned(),
@@ -143,6 +144,7 @@ fn pong(seq: u32, answered: bool, path: PathKind, endpoint: &str, rtt_ms: f64) -
         answered,
         path,
         endpoint: answered.then(|| endpoint.to_owned()),
+        tcp: (answered && path == PathKind::Direct).then_some(false),
         rtt_ms: answered.then_some(rtt_ms),
     })
 }
@@ -462,6 +464,7 @@ fn why_documents() {
             since_s: Some(63),
             reason: Some("both NATs pick a new port for every destination".to_owned()),
             mtu: Some(1280),
+            tcp: None,
         },
         code: "both-hard".to_owned(),
         text: "nas is relayed: both NATs pick a new random port for every destination".to_owned(),
@@ -482,6 +485,7 @@ fn why_documents() {
             since_s: Some(4),
             reason: None,
             mtu: Some(1420),
+            tcp: Some(false),
         },
         code: "direct".to_owned(),
         text: "nas is reached directly at 203.0.113.9:40404 (IPv4)".to_owned(),

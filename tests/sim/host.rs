@@ -33,6 +33,8 @@ pub(crate) enum Want {
     Open(Vec<SocketId>),
     /// Fewer.
     Close(Vec<SocketId>),
+    /// Something about TCP connections.
+    Tcp(io::TcpOrder),
     /// A payload for a peer through the relay.
     Relay { peer: WgKey, bytes: Vec<u8> },
     /// A control message.
@@ -253,6 +255,7 @@ impl Machines {
                 Output::Prime { via: Via::Relay { .. }, .. } => panic!("nothing dies on the way through the relay"),
                 Output::OpenSockets(sockets) => wants.push(Want::Open(sockets)),
                 Output::CloseSockets(sockets) => wants.push(Want::Close(sockets)),
+                Output::Tcp(order) => wants.push(Want::Tcp(order)),
                 Output::Send { via: Via::Relay { peer }, bytes } => wants.push(Want::Relay { peer, bytes }),
                 Output::Update(update) => {
                     self.last_update = self.last_update.max(Now(self.now.0 + self.dice.below(THREAD_DELAY_US)));

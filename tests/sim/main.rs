@@ -51,6 +51,7 @@ mod server;
 mod sim;
 mod stories;
 mod stream;
+mod tcp;
 mod town;
 mod trace;
 mod world;

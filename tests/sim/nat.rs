@@ -303,6 +303,23 @@ impl Nat {
         Some(Self { external, dice, state, forwards: BTreeMap::new() })
     }
 
+    /// What the same box does with TCP: the same, from a table of its own. One that lets no UDP out maps TCP as routers do.
+    pub(crate) fn for_tcp(&self) -> Self {
+        let state = match &self.state {
+            State::Blocked => {
+                let kind = Rfc4787 { ports: Ports::Keep, ..Rfc4787::new(Mapping::Eim, Filtering::Apdf) };
+                State::Rfc4787(kind, Table { last_port: 29_999, ..Table::default() })
+            }
+            State::Rfc4787(kind, _) => State::Rfc4787(*kind, Table { last_port: 29_999, ..Table::default() }),
+            State::Linux { open_input, flows } => {
+                let flows = Flows { draws: flows.draws, room: flows.room, ..Flows::default() };
+                State::Linux { open_input: *open_input, flows }
+            }
+            State::Firewall(_) => State::Firewall(BTreeMap::new()),
+        };
+        Self { external: self.external, dice: self.dice.fork("tcp"), state, forwards: BTreeMap::new() }
+    }
+
     /// A stateful firewall without translation, as in front of IPv6 hosts.
     pub(crate) fn firewall(prefix: IpAddr) -> Self {
         Self {

@@ -64,7 +64,7 @@ pub(crate) fn punch(scenario: &Scenario, aloud: bool) -> Punch {
                 world.send(sides[i].host, PORT, server, b"?".to_vec());
                 world.at(Now(now + STUN_EVERY_US), Tick::Stun(i));
             }
-            Step::Own(Tick::Stun(_)) => {}
+            Step::Own(Tick::Stun(_)) | Step::Segment { .. } => {}
             Step::Own(Tick::Probe(i)) => {
                 for candidate in sides[i].candidates.clone() {
                     world.send(sides[i].host, PORT, candidate, b"ping".to_vec());

@@ -32,6 +32,7 @@ use crate::inner::{self, Inner};
 use crate::logs;
 use crate::scenario::{Places, Scenario};
 use crate::server::{self, Server};
+use crate::tcp::Tcp;
 use crate::town::{SERVER_V4, SERVER_V6};
 use crate::world::{HostId, Step, World};
 
@@ -71,6 +72,10 @@ pub(crate) enum Event {
     RelayToServer(u64, Vec<u8>),
     RelayToNode(Life, u64, Vec<u8>),
     Persisted(u64),
+    /// How the coordinator sees the TCP port should be known by now.
+    TcpSeen(Life, Now),
+    /// A TCP connection is to be looked at.
+    TcpTimer(Life, SocketAddr),
     /// The shell's NAT check begins, or something of it is due.
     Check(Life, Option<Vec<SocketAddr>>),
 }
@@ -105,6 +110,8 @@ pub(crate) struct Node {
     asleep: bool,
     /// Ports of the sockets besides the main one, and what they are for.
     pub(crate) extra: BTreeMap<u16, Extra>,
+    /// The TCP port and its connections.
+    pub(crate) tcp: Tcp,
     pub(crate) check: Option<Box<Netcheck>>,
     /// What the last one found.
     pub(crate) report: Option<Box<meshd::wire::local::Netcheck>>,
@@ -315,6 +322,7 @@ impl Sim {
             control_sent: 0,
             asleep: false,
             extra: BTreeMap::new(),
+            tcp: Tcp::default(),
             check: None,
             report: None,
             probes: 0,
@@ -391,6 +399,7 @@ impl Sim {
         n.machines = Some(Machines::new(config, now, Dice::new(seed).fork("threads"), &mut wants));
         n.asleep = false;
         n.extra.clear();
+        n.tcp = Tcp::default();
         n.check = None;
         let life = Life(node.0, n.life);
         self.carry_out(life, wants);
@@ -745,6 +754,7 @@ impl Sim {
         let bound = timer.map_or(until, |(at, _)| at.max(self.world.now()));
         match (self.world.next(bound), timer) {
             (Some(Step::Arrived { host, to, from, bytes }), _) => self.arrived(host, to, from, &bytes),
+            (Some(Step::Segment { host, to, from, bytes }), _) => self.tcp_arrived(host, to, from, &bytes),
             (Some(Step::Own(event)), _) => self.happen(event),
             (None, Some((_, who))) => {
                 self.world.advance(bound);
@@ -835,6 +845,8 @@ impl Sim {
                     self.relay_frames(life, &bytes);
                 }
             }
+            Event::TcpSeen(life, asked) => self.tcp_seen_late(life, asked),
+            Event::TcpTimer(life, remote) => self.tcp_timer(life, remote),
             Event::Check(life, servers) => self.check_due(life, servers),
             Event::Persisted(ticket) => self.with_server(|s, wants| s.persisted(ticket, now, wants)),
         }
@@ -986,6 +998,11 @@ impl Sim {
         for want in wants {
             let node = &mut self.nodes[life.0];
             match want {
+                host::Want::Tcp(order) => self.tcp_order(life, order),
+                host::Want::Udp { socket, bytes, .. } if socket.is_stream() => {
+                    node.probes += u64::from(classify(&bytes) == Kind::Stun);
+                    self.tcp_send(life, socket, &bytes);
+                }
                 host::Want::Udp { socket, remote, bytes, ttl } => {
                     *node.sent_to.entry(remote).or_default() += 1;
                     node.probes += u64::from(classify(&bytes) == Kind::Stun);
@@ -1048,7 +1065,9 @@ impl Sim {
         let node = &mut self.nodes[life.0];
         if let Some(machines) = &node.machines {
             for (key, path) in &machines.paths {
-                if let Path::Direct { remote, .. } = path {
+                if let Path::Direct { remote, socket } = path
+                    && !socket.is_stream()
+                {
                     node.last_endpoints.insert(*key, *remote);
                 }
             }
@@ -1149,6 +1168,22 @@ impl Sim {
                 return port;
             }
         }
+    }
+
+    pub(crate) const fn server_host(&self) -> HostId {
+        self.server_host
+    }
+
+    /// The node on a host, if it is awake.
+    pub(crate) fn life_at(&self, host: HostId) -> Option<Life> {
+        let i = self.nodes.iter().position(|n| n.host == host && !n.asleep && n.machines.is_some())?;
+        Some(self.life(NodeRef(i)))
+    }
+
+    /// A datagram reached a node's worker.
+    pub(crate) fn deliver(&mut self, life: Life, via: Via, bytes: &[u8]) {
+        let now = self.world.now();
+        self.with_machines(life, |m, wants| m.datagram(via, bytes, now, wants));
     }
 
     fn life(&self, node: NodeRef) -> Life {

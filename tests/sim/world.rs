@@ -37,8 +37,14 @@ struct Packet {
     source: SocketAddr,
     destination: SocketAddr,
     ttl: u8,
+    /// A segment of a TCP connection, to which NATs apply a table of their own.
+    tcp: bool,
     bytes: Vec<u8>,
 }
+
+/// How much later a lost segment arrives, and how often that happens at most.
+const RETRANSMIT_US: u64 = 200_000;
+const RETRANSMITS: u64 = 5;
 
 /// The usual one.
 const TTL: u8 = 64;
@@ -61,6 +67,8 @@ struct Gate {
     outside: NetId,
     v4: Option<Nat>,
     v6: Option<Nat>,
+    /// IPv4.
+    tcp: Option<Nat>,
 }
 
 #[derive(Debug)]
@@ -81,6 +89,8 @@ enum Event<E> {
 pub(crate) enum Step<E> {
     /// A datagram reached a host.
     Arrived { host: HostId, to: SocketAddr, from: SocketAddr, bytes: Vec<u8> },
+    /// A segment of a TCP connection did.
+    Segment { host: HostId, to: SocketAddr, from: SocketAddr, bytes: Vec<u8> },
     /// The driver's own event is due.
     Own(E),
 }
@@ -166,7 +176,8 @@ impl<E> World<E> {
         }
         self.nets[outside.0].distance.insert(owner, distance_us);
         self.nets[inside.0].gateway = Some(id);
-        self.boxes.push(Gate { who, inside, outside, v4, v6: v6.map(|(_, wall)| wall) });
+        let tcp = v4.as_ref().map(Nat::for_tcp);
+        self.boxes.push(Gate { who, inside, outside, v4, v6: v6.map(|(_, wall)| wall), tcp });
         id
     }
 
@@ -208,7 +219,8 @@ impl<E> World<E> {
         let owner = Owner::Box(gate);
         self.nets[outside.0].owners.retain(|_, o| *o != owner);
         self.nets[outside.0].owners.insert(external, owner);
-        if let Some(nat) = &mut self.boxes[gate.0].v4 {
+        let Gate { v4, tcp, .. } = &mut self.boxes[gate.0];
+        for nat in [v4, tcp].into_iter().flatten() {
             nat.renumber(external);
         }
     }
@@ -278,13 +290,23 @@ impl<E> World<E> {
         self.send_within(host, port, to, bytes, TTL)
     }
 
+    /// A segment of a TCP connection from a host's own address.
+    pub(crate) fn send_tcp(&mut self, host: HostId, port: u16, to: SocketAddr, bytes: Vec<u8>) {
+        let Some(ip) = self.hosts[host.0].addresses.iter().find(|a| a.is_ipv4() == to.is_ipv4()).copied() else {
+            return;
+        };
+        let net = self.hosts[host.0].net;
+        let packet = Packet { source: SocketAddr::new(ip, port), destination: to, ttl: TTL, tcp: true, bytes };
+        self.emit(net, Owner::Host(host), packet);
+    }
+
     /// The same with a time to live.
     pub(crate) fn send_within(&mut self, host: HostId, port: u16, to: SocketAddr, bytes: Vec<u8>, ttl: u8) -> bool {
         let source = self.hosts[host.0].addresses.iter().find(|a| a.is_ipv4() == to.is_ipv4()).copied();
         let Host { who, net, .. } = self.hosts[host.0];
         match source {
             Some(ip) => {
-                let packet = Packet { source: SocketAddr::new(ip, port), destination: to, ttl, bytes };
+                let packet = Packet { source: SocketAddr::new(ip, port), destination: to, ttl, tcp: false, bytes };
                 self.emit(net, Owner::Host(host), packet);
             }
             None => self.trace.hop(self.now, who, who, &bytes, Some("no address of that family")),
@@ -306,7 +328,7 @@ impl<E> World<E> {
     /// Sends with any source address, as somebody with a raw socket can.
     pub(crate) fn send_as(&mut self, host: HostId, source: SocketAddr, to: SocketAddr, bytes: Vec<u8>) {
         let net = self.hosts[host.0].net;
-        self.emit(net, Owner::Host(host), Packet { source, destination: to, ttl: TTL, bytes });
+        self.emit(net, Owner::Host(host), Packet { source, destination: to, ttl: TTL, tcp: false, bytes });
     }
 
     /// The next step that concerns the driver, if one is due by `until`. The clock stands at its time.
@@ -324,8 +346,12 @@ impl<E> World<E> {
                     self.trace.hop(when, self.name(from), self.name(to), &packet.bytes, None);
                     match to {
                         Owner::Host(host) => {
-                            let Packet { source, destination, bytes, .. } = packet;
-                            return Some(Step::Arrived { host, to: destination, from: source, bytes });
+                            let Packet { source: from, destination: to, bytes, tcp, .. } = packet;
+                            return Some(if tcp {
+                                Step::Segment { host, to, from, bytes }
+                            } else {
+                                Step::Arrived { host, to, from, bytes }
+                            });
                         }
                         Owner::Box(gate) => self.pass(gate, net, packet),
                     }
@@ -363,7 +389,13 @@ impl<E> World<E> {
         let distance = |owner: &Owner| place.distance.get(owner).copied().unwrap_or(0);
         let distance = distance(&from) + distance(&to);
         let headers = if packet.destination.is_ipv4() { 28 } else { 48 };
-        let arrivals = place.link.carry(packet.bytes.len() + headers, &mut self.dice);
+        let mut arrivals = place.link.carry(packet.bytes.len() + headers, &mut self.dice);
+        for late in 1..=RETRANSMITS {
+            if packet.tcp && arrivals[0].is_none() {
+                let again = place.link.carry(headers, &mut self.dice)[0];
+                arrivals = [again.map(|delay| delay + late * RETRANSMIT_US), None];
+            }
+        }
         if arrivals[0].is_none() {
             self.trace.hop(self.now, me, self.name(to), &packet.bytes, Some("lost"));
         }
@@ -376,8 +408,9 @@ impl<E> World<E> {
     /// A datagram is at a box and passes through it, or does not.
     fn pass(&mut self, gate: BoxId, net: NetId, mut packet: Packet) {
         let now = self.now;
-        let Gate { who, inside, outside, v4, v6 } = &mut self.boxes[gate.0];
+        let Gate { who, inside, outside, v4, v6, tcp } = &mut self.boxes[gate.0];
         let (who, inside, outside) = (*who, *inside, *outside);
+        let v4 = if packet.tcp { tcp } else { v4 };
         let nat = if packet.destination.is_ipv4() { v4 } else { v6 };
         packet.ttl -= 1;
         let expired = packet.ttl == 0;

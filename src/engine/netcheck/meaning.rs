@@ -18,7 +18,7 @@ impl Netcheck {
             return "No STUN server is known, so nothing can be said about the NAT.".to_owned();
         }
         if !udp {
-            return "UDP does not reach any STUN server and come back: all traffic goes through the relay.".to_owned();
+            return "UDP does not reach any STUN server and come back: peers are reached by TCP where that works, and through the relay.".to_owned();
         }
         let no_nat = reflexive.iter().any(|r| r.is_ipv4() == ipv4 && self.local.contains(&r.ip()));
         let mut text = match (no_nat, mapping) {

@@ -68,6 +68,8 @@ pub(crate) enum Action {
     Probe { txid: TransactionId, to: Leg, size: Option<u16> },
     /// Send a probe that opens our own NAT and dies on the way, if there is a way to do so.
     Prime { txid: TransactionId, to: Leg },
+    /// The round says go: make TCP connections, if a side has no UDP.
+    Dial,
     /// Seal a message to the peer and send it through the relay. The planner adds candidates and NAT view.
     Tell { kind: MessageKind, round: u32, t: Option<u64>, echo: Option<u64>, role: Option<Role> },
     /// Use this path from now on.

@@ -19,6 +19,7 @@ pub mod mtu;
 pub mod ports;
 pub mod reason;
 pub mod reflexive;
+pub(crate) mod tcp;
 pub mod why;
 
 pub(crate) mod technique;

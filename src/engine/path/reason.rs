@@ -53,6 +53,8 @@ pub enum How {
     FreshPort,
     /// Many sockets or ports were tried.
     ManyPorts,
+    /// A TCP connection, because a side has no UDP.
+    Tcp,
 }
 
 /// RFC 4787 names.
@@ -109,11 +111,15 @@ pub fn hopeless(mine: &NatView, theirs: &NatView) -> bool {
 /// One sentence on why `peer` is not reached directly.
 #[must_use]
 pub fn why_relayed(mine: &NatView, theirs: &NatView, peer: &str, state: Attempt) -> String {
+    let tcp = match state {
+        Attempt::Running | Attempt::Heavy | Attempt::Waiting => "a TCP connection is being tried",
+        Attempt::Failed { .. } => "no TCP connection came about either",
+    };
     if mine.udp == Some(false) {
-        return "no UDP gets out of this network".to_owned();
+        return format!("no UDP gets out of this network; {tcp}");
     }
     if theirs.udp == Some(false) {
-        return format!("no UDP gets out of {peer}'s network");
+        return format!("no UDP gets out of {peer}'s network; {tcp}");
     }
     match (mine.is_hard(), theirs.is_hard()) {
         _ if !hopeless(mine, theirs) => match state {

@@ -123,6 +123,13 @@ impl Facts {
             How::ManyPorts => {
                 "many ports were tried, because a NAT between picks a new one for every destination".to_owned()
             }
+            How::Tcp => {
+                let whose = match self.here.nat.udp {
+                    Some(false) => "no UDP gets out of this network".to_owned(),
+                    _ => format!("no UDP gets out of {peer}'s network"),
+                };
+                format!("{whose}, so both sides made a TCP connection to each other at the same moment")
+            }
         };
         let mut because = vec![by];
         match found.attempt {
@@ -135,6 +142,7 @@ impl Facts {
             format!("it replaced {what}, in use for {}", span(lasted))
         }));
         let ip = if remote.is_ipv6() { "IPv6" } else { "IPv4" };
+        let ip = if found.how == How::Tcp { format!("{ip}, TCP") } else { ip.to_owned() };
         Explanation {
             code: "direct",
             text: format!("{peer} is reached directly at {remote} ({ip})"),
@@ -196,7 +204,10 @@ impl Facts {
             return Explanation {
                 code: "udp-blocked-here",
                 text: relayed("no UDP gets out of this network".to_owned()),
-                because: vec!["no STUN server answers here, at any port".to_owned()],
+                because: vec![
+                    "no STUN server answers here, at any port".to_owned(),
+                    "a TCP connection between the two was tried instead, and not answered".to_owned(),
+                ],
                 fix: vec![
                     "allow outgoing UDP in this network's firewall, at least to the coordinator's ports 3478 and 3479"
                         .to_owned(),
@@ -215,7 +226,10 @@ impl Facts {
             return Explanation {
                 code: "udp-blocked-there",
                 text: relayed(format!("no UDP gets out of {peer}'s network")),
-                because: vec![format!("{peer} says that no STUN server answers it")],
+                because: vec![
+                    format!("{peer} says that no STUN server answers it"),
+                    "a TCP connection between the two was tried instead, and not answered".to_owned(),
+                ],
                 fix: vec![format!(
                     "allow outgoing UDP in the firewall of {peer}'s network, at least to the coordinator's ports 3478 and 3479"
                 )],

@@ -237,7 +237,10 @@ impl Planner {
         }
         let mut out = Vec::new();
         while out.len() < usize::from(count) {
-            self.next_socket = self.next_socket.checked_add(1).unwrap_or(SocketId::V6.0 + 1);
+            self.next_socket += 1;
+            if self.next_socket == SocketId::FIRST_STREAM {
+                self.next_socket = SocketId::V6.0 + 1;
+            }
             let socket = SocketId(self.next_socket);
             if let Entry::Vacant(free) = self.extra.entry(socket) {
                 free.insert(id);

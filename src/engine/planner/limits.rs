@@ -14,6 +14,8 @@ pub struct Limits {
     /// Sockets the shell can serve besides the two that carry data by default; at most [`MOST_SOCKETS`] are used. 0: punches
     /// that need several are never chosen.
     pub extra_sockets: u16,
+    /// The shell makes TCP connections to peers ([`crate::engine::io::Output::Tcp`]).
+    pub tcp: bool,
     /// The time to live that gets a datagram through the NATs here but no further: their number plus one, as long as no NAT
     /// check tells that number. None: it is not known ([`crate::engine::io::Output::Prime`] does not come).
     pub prime_ttl: Option<u8>,
@@ -39,7 +41,7 @@ const PRUNE: Duration = Duration::from_secs(1);
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { extra_sockets: 0, prime_ttl: None, probes_per_second: 1000, entries_per_minute: 4000 }
+        Self { extra_sockets: 0, tcp: false, prime_ttl: None, probes_per_second: 1000, entries_per_minute: 4000 }
     }
 }
 

@@ -16,6 +16,7 @@
 //! | `memory.rs` | what joined two networks before |
 //! | `heavy.rs` | punches with many sockets or ports |
 //! | `limits.rs` | politeness: how much may be sent into the unknown |
+//! | `tcp.rs` | direct connections by TCP |
 //! | `stun.rs` | the node's own addresses and its NAT |
 //! | `pings.rs` | `meshd ping` |
 //! | `routes.rs` | advertisements, and which node leads to which prefix |
@@ -41,10 +42,11 @@ mod routes;
 mod sessions;
 mod status;
 mod stun;
+mod tcp;
 mod why;
 mod withheld;
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -62,6 +64,7 @@ use crate::engine::outbound::Outbound;
 use crate::engine::path::mtu::BASE;
 use crate::engine::path::reason::NatView;
 use crate::engine::path::reflexive::Reflexive;
+use crate::engine::path::tcp::Tcp;
 use crate::engine::peer::Peer;
 use crate::engine::session::table::IndexAllocator;
 use crate::engine::timers::Timers;
@@ -142,6 +145,8 @@ pub enum Why {
     Heavy,
     /// A fresh port for a round.
     Fresh,
+    /// The TCP port or a connection.
+    Tcp,
     /// A ping counts as lost.
     Ping(u64),
     /// A request to the coordinator was not answered.
@@ -197,6 +202,9 @@ pub struct Planner {
     /// Sockets besides the two main ones, asked for or open, and for whom.
     extra: BTreeMap<SocketId, PeerId>,
     next_socket: u16,
+    tcp: Tcp,
+    /// Peers whose call or answer waits for the TCP port.
+    awaiting_tcp: BTreeSet<PeerId>,
     port_mapping: Option<PortMapping>,
     /// Whether the router maps ports when asked.
     mapper: Mapper,
@@ -274,6 +282,8 @@ impl Planner {
             memory: memory::Memory::restored(config.worked),
             extra: BTreeMap::new(),
             next_socket: SocketId::V6.0,
+            tcp: Tcp::new(now),
+            awaiting_tcp: BTreeSet::new(),
             port_mapping: None,
             mapper: Mapper::Unknown,
             interface_mtu: BASE,
@@ -362,6 +372,8 @@ impl Planner {
             Input::StunServers(servers) => self.stun_servers_changed(&servers),
             Input::NetReport(report) => self.net_report(report),
             Input::SocketsOpened(sockets) => self.sockets_opened(&sockets),
+            Input::TcpReady { port, seen } => self.tcp_ready(port, seen),
+            Input::TcpOpened { socket, remote } => self.stream_opened(socket, remote),
             Input::PortMapped(mapping) => self.port_mapped(mapping),
             Input::SendFailed(via) => self.send_failed(&via),
             Input::Routes(wish) => self.route_wish(wish),
@@ -394,6 +406,7 @@ impl Planner {
                 Why::AwaitingStun => self.stop_awaiting_stun(false),
                 Why::Heavy => self.heavy_due(),
                 Why::Fresh => self.fresh_due(),
+                Why::Tcp => self.tcp_due(),
                 Why::Ping(token) => self.ping_lost(token),
                 Why::Control => self.control_due(),
                 Why::Advertise => self.advertise(),
@@ -426,6 +439,7 @@ impl Planner {
             Notice::Confirmed(peer) => self.session_confirmed(peer),
             Notice::UnknownIndex(key) => self.lost_session(&key),
             Notice::TooLong { via, len } => self.too_long(&via, len),
+            Notice::StreamClosed(socket) => self.stream_closed(socket),
         }
     }
 
@@ -483,6 +497,7 @@ impl Planner {
         }
         let Some(peer) = self.peers.get_mut(id.0 as usize).and_then(Option::take) else { return };
         self.release_sockets(id);
+        self.forget_streams(id);
         self.by_wg.remove(&peer.wg);
         self.by_short.remove(&name_of(&peer.wg));
         self.awaiting_stun.remove(&id);

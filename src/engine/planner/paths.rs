@@ -62,7 +62,7 @@ impl Planner {
         let Some(peer) = self.peer(id) else { return };
         let Some(talk) = peer.talk.as_deref() else { return };
         if talk.agent.waits_for_candidates() {
-            if self.awaits_fresh_port(id) {
+            if self.awaits_fresh_port(id) || self.awaits_tcp(id) {
                 return;
             }
             let fresh = self.reflexive.is_fresh(now) && !self.reflexive.is_asking();
@@ -91,7 +91,10 @@ impl Planner {
         let Some(stamps) = self.peer(id).map(|p| p.stamps()) else { return };
         self.with_agent(id, |agent, _, cx| agent.tick(stamps, cx));
         let theirs = self.peer(id).and_then(|p| p.talk.as_deref()).map(|t| t.agent.theirs.clone());
-        if theirs.is_some_and(|theirs| hopeless(&self.nat, &theirs) && !self.could_punch_heavily(&theirs)) {
+        let ruled_out = |theirs: &NatView| {
+            hopeless(&self.nat, theirs) && !self.could_punch_heavily(theirs) && !self.wants_tcp(theirs)
+        };
+        if theirs.is_some_and(|theirs| ruled_out(&theirs)) {
             self.with_agent(id, |agent, _, cx| agent.is_hopeless(cx.now));
         }
     }
@@ -115,6 +118,7 @@ impl Planner {
                 self.politeness.sent(to, self.now);
                 self.outputs.push_back(Output::Prime { via: to.via(), bytes, ttl });
             }
+            Action::Dial => self.dial_tcp(id),
             Action::Tell { kind, round, t, echo, role } => {
                 self.tell(id, kind, round, t, echo, role.map(|role| Punch { role, ..Punch::default() }));
             }
@@ -145,7 +149,9 @@ impl Planner {
         let now = self.now;
         let ip = to.remote.ip();
         let may = self.politeness.allowance(now) > 0
-            && (self.is_vouched(id, ip) || self.politeness.may_trouble(ip, Trouble::Probe, now));
+            && (to.socket.is_stream()
+                || self.is_vouched(id, ip)
+                || self.politeness.may_trouble(ip, Trouble::Probe, now));
         if may {
             self.politeness.sent(to, now);
         }
@@ -182,13 +188,15 @@ impl Planner {
         }
         let left_direct = matches!(was, Path::Direct { .. }) && !matches!(path, Path::Direct { .. });
         self.update(Update::Path { peer: id, path, lead });
+        self.tcp_path_changed(id, &was, &path);
         if left_direct {
             self.ping_again(id);
         }
         if is_change {
             let is_direct = Leg::of_path(&path).is_some();
             self.outputs.push_back(Output::Event(Event::PathChanged { peer: id, key, path }));
-            if is_direct {
+            // What worked by TCP says nothing of UDP.
+            if Leg::of_path(&path).is_some_and(|leg| !leg.socket.is_stream()) {
                 self.remember_success(id);
             }
             if was == Path::None {
@@ -230,11 +238,13 @@ impl Planner {
         let introduces = matches!(kind, MessageKind::Call | MessageKind::Answer);
         let fresh = self.peer(id).and_then(|p| p.talk.as_deref()).is_some_and(|t| t.agent.fresh_port().is_some());
         let candidates = if introduces { self.candidates_for(id) } else { Vec::new() };
+        let tcp = if introduces { self.tcp_candidates_for(id) } else { Vec::new() };
         if introduces {
             self.locate(id);
         }
         if introduces && let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) {
             talk.told = candidates.iter().map(|c| c.addr).collect();
+            talk.told_tcp = !tcp.is_empty();
         }
         let seen = self.peer(id).and_then(|p| p.talk.as_deref()).and_then(|t| t.agent.seen());
         let number = self.next_number;
@@ -256,6 +266,7 @@ impl Planner {
             seen: seen.filter(|_| introduces),
             primed: (kind == MessageKind::Answer && self.politeness.limits.prime_ttl.is_some()).then_some(true),
             fresh: (kind == MessageKind::Call && fresh).then_some(true),
+            tcp,
             punch,
         };
         let mut nonce = [0u8; 24];
@@ -331,12 +342,14 @@ impl Planner {
                 .collect();
             let seen = |c: &&Candidate| c.kind == CandidateKind::Reflexive && c.addr.is_ipv4() && usable(&c.addr);
             let target = message.candidates.iter().find(seen).map(|c| c.addr);
+            let tcp: Vec<SocketAddr> = message.tcp.iter().copied().filter(|addr| self.may_be_dialed(addr)).collect();
             let outlook = hopeless(&self.nat, &theirs);
             let (v4, v6) = families(&message.candidates);
             let evidence =
                 Evidence { port: message.port, mapper: message.mapper, seen: message.seen, v4: Some(v4), v6: Some(v6) };
             if let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) {
                 talk.target = target;
+                talk.tcp = tcp;
                 talk.open = !open.is_empty();
             }
             self.with_agent(id, |agent, _, _| {
@@ -370,13 +383,18 @@ impl Planner {
     }
 
     fn heard_answer(&mut self, id: PeerId, message: &PeerMessage) {
+        if self.must_call_again(id) {
+            self.with_agent(id, |agent, _, _| agent.call_again());
+            return;
+        }
         let theirs = self.peer(id).and_then(|p| p.talk.as_deref()).map(|t| t.agent.theirs.clone()).unwrap_or_default();
         let role = self.role_towards(id, &theirs);
         let answer = HeardAnswer {
             round: message.round,
             held: message.t,
             echo: message.echo,
-            opened: message.primed == Some(true),
+            // Its packets that died on the way have opened its NAT for UDP only.
+            opened: message.primed == Some(true) && !self.wants_tcp(&theirs),
         };
         let heard = self.with_agent(id, |agent, _, cx| {
             agent.heard_answer(&answer, role, cx).then(|| agent.relay_rtt.unwrap_or_default())
@@ -411,7 +429,7 @@ impl Planner {
             }
             match probe::decode_response(&talk.keys, bytes) {
                 Ok(response) => {
-                    let Some(from) = Leg::of(via) else { return };
+                    let Some(from) = Leg::of(via).filter(|leg| self.may_come_by(id, leg.socket)) else { return };
                     self.speaks(id);
                     self.was_observed(id, from, response.observed);
                     let ours =
@@ -448,14 +466,20 @@ impl Planner {
             self.drops.count(Drop::ProbeLimit);
             return;
         }
+        if Leg::of(via).is_some_and(|leg| !self.may_come_by(id, leg.socket)) {
+            self.drops.count(Drop::BadProbe);
+            return;
+        }
         let full_size = request.len >= FULL_SIZE;
         let pad = (request.len >= LONG).then_some(request.len.min(FULL_SIZE));
         let observed = match via {
             Via::Udp { remote, .. } => *remote,
             Via::Relay { .. } => SocketAddr::from(([0, 0, 0, 0], 0)),
         };
-        // Whoever asks may have lied about where it is: an address nobody vouched for is answered as sparingly as probed.
-        if let Via::Udp { remote, .. } = via
+        // Whoever asks may have lied about where it is: an address nobody vouched for is answered as sparingly as probed. A TCP
+        // connection leads where it says.
+        if let Via::Udp { remote, socket } = via
+            && !socket.is_stream()
             && !self.is_vouched(id, remote.ip())
             && !self.politeness.may_trouble(remote.ip(), Trouble::Answer, now)
         {

@@ -120,6 +120,10 @@ impl Planner {
                 None => PathKind::None,
             },
             endpoint: answer.map(|(via, _)| endpoint(via)),
+            tcp: answer.and_then(|(via, _)| match via {
+                Via::Udp { socket, .. } => Some(socket.is_stream()),
+                Via::Relay { .. } => None,
+            }),
             rtt_ms: answer.map(|(_, rtt)| rtt.as_secs_f64() * 1000.0),
         };
         self.outputs.push_back(Output::Event(Event::Pong { token, pong }));

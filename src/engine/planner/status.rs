@@ -199,19 +199,27 @@ impl Planner {
     }
 
     pub(super) fn status_path(&self, peer: &Peer, name: &str, coordinator: &str, now: Now) -> StatusPath {
-        let none =
-            StatusPath { kind: PathKind::None, endpoint: None, rtt_ms: None, since_s: None, reason: None, mtu: None };
+        let none = StatusPath {
+            kind: PathKind::None,
+            endpoint: None,
+            rtt_ms: None,
+            since_s: None,
+            reason: None,
+            mtu: None,
+            tcp: None,
+        };
         let Some(talk) = peer.talk.as_deref().filter(|t| t.is_wanted(now)) else { return none };
         let since_s = Some(now.since(talk.path_since).as_secs());
         let ms = |rtt: Duration| rtt.as_secs_f64() * 1000.0;
         match talk.path {
-            Path::Direct { remote, .. } | Path::Both { remote, .. } => StatusPath {
+            Path::Direct { remote, socket } | Path::Both { remote, socket } => StatusPath {
                 kind: PathKind::Direct,
                 endpoint: Some(remote.to_string()),
                 rtt_ms: talk.agent.direct().map(|(_, _, rtt)| ms(rtt)),
                 since_s,
                 reason: None,
                 mtu: talk.agent.mtu().map(|(size, _)| size),
+                tcp: Some(socket.is_stream()),
             },
             Path::Relay | Path::None => StatusPath {
                 kind: PathKind::Relay,
@@ -220,6 +228,7 @@ impl Planner {
                 since_s,
                 reason: Some(why_relayed(&self.nat, &talk.agent.theirs, name, talk.agent.attempt())),
                 mtu: (talk.path == Path::Relay).then_some(BASE),
+                tcp: None,
             },
         }
     }
@@ -275,7 +284,7 @@ impl Planner {
                 "udp-blocked",
                 Severity::Warning,
                 since,
-                "no STUN server answers: UDP seems to be blocked here, so every peer is relayed".into(),
+                "no STUN server answers: UDP seems to be blocked here, so peers are reached by TCP or relayed".into(),
                 "allow outgoing UDP, at least to the coordinator's ports 3478 and 3479",
             );
         }

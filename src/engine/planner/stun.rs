@@ -48,6 +48,7 @@ impl Planner {
     pub(super) fn network_changed(&mut self) {
         self.reflexive.forget();
         self.observed.clear();
+        self.tcp.distrust();
         self.ask_stun();
         let ids: Vec<PeerId> = self.talking().filter(|(_, t)| t.is_wanted(self.now)).map(|(id, _)| id).collect();
         for id in ids {
@@ -248,10 +249,17 @@ impl Planner {
         }
         let changed = view != self.nat;
         if changed {
+            let lost_udp = view.udp == Some(false) && self.nat.udp != Some(false) && self.politeness.limits.tcp;
             self.nat = view;
             let ids: Vec<PeerId> = self.talking().map(|(id, _)| id).collect();
             for id in ids {
-                self.with_agent(id, |agent, _, cx| agent.profile_changed(cx.now));
+                self.with_agent(id, |agent, _, cx| {
+                    agent.profile_changed(cx.now);
+                    // A round under way cannot end well, and one by TCP can.
+                    if lost_udp {
+                        agent.candidates_grew();
+                    }
+                });
             }
         }
         self.announce();
@@ -265,6 +273,11 @@ impl Planner {
     /// Whether an address may be a peer's at all: usable, of a family we have a socket for, and not our own.
     pub(super) fn may_be_a_peer_s(&self, addr: &SocketAddr) -> bool {
         usable(addr, &self.mesh) && self.has_socket_for(addr) && !self.is_own(addr)
+    }
+
+    /// Whether a TCP connection to this address may be made: usable, of a family that we have, and not to ourselves.
+    pub(super) fn may_be_dialed(&self, addr: &SocketAddr) -> bool {
+        usable(addr, &self.mesh) && self.has_socket_for(addr) && !self.addresses.iter().any(|a| a.ip == addr.ip())
     }
 
     /// A router granted, renewed or withdrew a port mapping.

@@ -106,6 +106,7 @@ const fn how(how: How) -> &'static str {
         How::Punch => "punch",
         How::FreshPort => "fresh-port",
         How::ManyPorts => "many-ports",
+        How::Tcp => "tcp",
     }
 }
 

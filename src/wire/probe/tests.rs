@@ -42,6 +42,7 @@ fn message() -> PeerMessage {
         seen: Some(Seen { sent: 8, answered: 0, heard: 3 }),
         primed: None,
         fresh: None,
+        tcp: vec!["198.51.100.7:40001".parse().unwrap()],
         punch: None,
     }
 }

@@ -25,6 +25,7 @@ mod secrecy;
 mod services;
 mod sites;
 mod stun;
+mod tcp;
 mod upgrade;
 mod why;
 
@@ -53,6 +54,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(coordinator::cases());
     cases.extend(secrecy::cases());
     cases.extend(stun::cases());
+    cases.extend(tcp::cases());
     cases.extend(why::cases());
     cases.extend(names::cases());
     cases.extend(mistakes::cases());

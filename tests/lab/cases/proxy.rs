@@ -78,7 +78,10 @@ fn first_replies(a: &Node, b: &Node, limit_ms: f64) -> Result<()> {
         seen.push(ping.worst);
     }
     println!("first replies after {seen:?} ms");
-    ensure(seen.iter().all(|ms| *ms <= limit_ms), || format!("first replies after {seen:?} ms"))?;
+    ensure(seen.iter().all(|ms| *ms <= limit_ms), || format!("first replies after {seen:?} ms"))
+}
+
+fn is_relayed(a: &Node, b: &Node) -> Result<()> {
     let path = a.peer(&b.name)?.path;
     ensure(path.endpoint.is_some_and(|at| at.starts_with("https://")), || "it is not relayed".to_owned())
 }
@@ -98,6 +101,7 @@ fn only_443() -> Result<()> {
     only(&ra, "iifname \"lan\" tcp dport 443 accept")?;
     let nodes = world.join(&[("a", &ra.lan.host("a", 2)?), ("b", &rb.lan.host("b", 2)?)])?;
     first_replies(&nodes[0], &nodes[1], 500.0)?;
+    is_relayed(&nodes[0], &nodes[1])?;
     let status = nodes[0].status()?;
     ensure(status.coordinator.relay.as_deref() == Some("websocket"), || format!("{:?}", status.coordinator))
 }
@@ -207,6 +211,7 @@ fn only_http_proxy() -> Result<()> {
     succeeded(&up(&a, &token, &["--proxy-file", "/run/lab/proxy-url"], &[])?)?;
     // It is remembered: a restart needs no word of it.
     first_replies(&a, &b, 500.0)?;
+    is_relayed(&a, &b)?;
     keeps_its_secret(&a)?;
     let status = a.status()?.coordinator;
     ensure(status.connected && status.proxy.as_deref() == Some(bare.as_str()), || format!("{status:?}"))?;
@@ -249,6 +254,7 @@ fn only_proxies() -> Result<()> {
     succeeded(&up(&b, &token, &["--proxy", &socks], &[])?)?;
     wait_for_peers(&a, 1)?;
     first_replies(&a, &b, 500.0)?;
+    is_relayed(&a, &b)?;
     first_replies(&b, &a, 500.0)?;
     keeps_its_secret(&a)?;
     keeps_its_secret(&b)?;

@@ -38,7 +38,7 @@ pub(crate) fn stage_with(scenario: &Scenario, change: impl FnOnce(&mut Sim)) -> 
     let places = scenario.build(&mut world);
     let relay = Duration::from_millis(scenario.relay_ms);
     let mut sim = Sim::new(&format!("hard {scenario}"), scenario.seed, world, places.server, relay);
-    sim.limits = Limits { extra_sockets: 512, prime_ttl: Some(2), ..Limits::default() };
+    sim.limits = Limits { extra_sockets: 512, tcp: true, prime_ttl: Some(2), ..Limits::default() };
     sim.checks = true;
     change(&mut sim);
     let a = sim.add_node("a", places.a);

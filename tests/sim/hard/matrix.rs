@@ -147,7 +147,8 @@ not edit. Words are those of RFC 4787: mapping endpoint-independent (`eim`), add
 port-dependent (`apdm`); filtering likewise (`eif`, `adf`, `apdf`). `seq` counts its ports up, while others make `foreign`
 mappings a second; `block` draws from so many ports; the others draw from all. `linux` is masquerade with its default
 settings, `linux+open` lets strangers' packets into the router itself, `linux+random` and `linux+block` are `masquerade
-fully-random`. `blocked` lets no UDP out.
+fully-random`. `blocked` lets no UDP out, but TCP, as `eim+apdf`; all treat TCP as UDP, from a table of their own. The direct
+path of a pair with `blocked` is a TCP connection.
 
 Two nodes on the internet, each behind its own NAT, 20 ms apart, 30 ms through the relay; the coordinator's STUN server has
 two addresses, and the nodes may open 512 sockets. The figures are those of one run. Rows speak first. Milliseconds from the first packet until both sides

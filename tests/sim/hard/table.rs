@@ -38,7 +38,7 @@ impl Row {
 }
 
 /// From easy to hard.
-pub(crate) const ROWS: [Row; 10] = [
+pub(crate) const ROWS: [Row; 11] = [
     row(
         "endpoint-independent on both sides",
         &[
@@ -105,6 +105,19 @@ pub(crate) const ROWS: [Row; 10] = [
         &[("apdm+adf", "apdm+apdf"), ("apdm+adf", "linux+random")],
         97.0,
         2000,
+    ),
+    row(
+        "no UDP on one side, TCP free",
+        &[
+            ("blocked", "public"),
+            ("blocked", "linux"),
+            ("blocked", "eim+eif"),
+            ("blocked", "eim+adf"),
+            ("blocked", "eim+apdf"),
+            ("blocked", "blocked"),
+        ],
+        99.0,
+        1000,
     ),
 ];
 

@@ -81,6 +81,11 @@ impl PathAgent {
         if let Some(remote) = self.remote_mut(from) {
             remote.full_tries = 0;
         }
+        // Of several connections the tie winner's choice stands, and the other side follows it.
+        let settled = self.current.is_some_and(|c| c.leg.socket.is_stream() && c.doubt.is_none());
+        if settled && from.socket.is_stream() && self.wins_ties {
+            return;
+        }
         // Whichever of the two answers first is used: if both do, both sides choose alike.
         if self.current.is_some_and(|c| c.leg != from) {
             self.ask_current(true, cx);

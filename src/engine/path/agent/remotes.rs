@@ -34,6 +34,7 @@ impl PathAgent {
     pub(super) fn how(&self, leg: Leg) -> How {
         let remote = self.remotes.iter().find(|r| r.leg == leg);
         match remote {
+            _ if leg.socket.is_stream() => How::Tcp,
             Some(r) if r.near => How::SameNetwork,
             Some(r) if r.open => How::OpenAddress,
             _ if self.heavy => How::ManyPorts,
@@ -66,7 +67,8 @@ impl PathAgent {
         remotes.retain(|r| {
             let asked = r.heard && in_flight.iter().any(|p| p.to == r.leg);
             let offered = || candidates.iter().any(|c| c.addr == r.leg.remote);
-            Some(r.leg) == current || r.last_pong.is_some() || asked || offered()
+            let known = r.last_pong.is_some() || r.leg.socket.is_stream();
+            Some(r.leg) == current || known || asked || offered()
         });
         for offer in candidates {
             let leg = self.leg_to(offer.addr, offer.near);

@@ -47,6 +47,35 @@ impl PathAgent {
         }
     }
 
+    /// The peer was called without what it needs: call again.
+    pub(crate) const fn call_again(&mut self) {
+        self.stage = Stage::ToCall;
+    }
+
+    /// A TCP connection to the peer is there: it proves itself like any other way.
+    pub(crate) fn stream_opened<R: Rng>(&mut self, leg: Leg, near: bool, cx: &mut Context<'_, R>) {
+        if self.awake && self.learn(leg, near) {
+            self.probe(leg, FULL, cx);
+        }
+    }
+
+    /// It is gone.
+    pub(crate) fn stream_closed<R: Rng>(&mut self, socket: SocketId, cx: &mut Context<'_, R>) {
+        self.forget_sockets(&[socket]);
+        if self.current.is_some_and(|c| c.leg.socket == socket) {
+            let other = self.remotes.iter().filter(|r| r.proven.is_some()).max_by_key(|r| r.last_pong).map(|r| r.leg);
+            self.leave(cx);
+            if let Some(leg) = other {
+                self.probe(leg, FULL, cx);
+            }
+        }
+    }
+
+    /// No way but a TCP connection: one by UDP is still looked for.
+    fn lacks_udp(&self) -> bool {
+        self.current.is_none_or(|c| c.leg.socket.is_stream())
+    }
+
     /// The peer is not in use any more: no packet goes to it on our account.
     pub(crate) fn sleep<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
         self.awake = false;
@@ -226,7 +255,7 @@ impl PathAgent {
         }
         match self.stage {
             Stage::Idle => {
-                if self.awake && self.current.is_none() && self.next_round.is_some_and(|at| at <= now) {
+                if self.awake && self.lacks_udp() && self.next_round.is_some_and(|at| at <= now) {
                     self.next_round = None;
                     self.stage = Stage::ToCall;
                 }
@@ -251,7 +280,7 @@ impl PathAgent {
     pub(crate) fn profile_changed(&mut self, now: Now) {
         self.heavy_failures = 0;
         self.heavy_not_before = None;
-        if self.awake && self.current.is_none() {
+        if self.awake && self.lacks_udp() {
             self.failures = 0;
             self.next_round = Some(now);
         }
@@ -267,6 +296,9 @@ impl PathAgent {
     pub(super) fn punch<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
         let Stage::Punching { start, mut step } = self.stage else { return };
         let mut due = false;
+        if step == 0 && start <= cx.now {
+            cx.actions.push_back(Action::Dial);
+        }
         let steps = if self.brief { BRIEF_STEPS } else { PUNCH_MS.len() };
         while PUNCH_MS.get(step).is_some_and(|ms| start + Duration::from_millis(*ms) <= cx.now) {
             step += 1;
@@ -331,7 +363,8 @@ impl PathAgent {
         let shift = if self.wins_ties { 0 } else { 1500 };
         self.next_round = Some(now + Duration::from_millis(wait * 1000 + shift));
         let current = self.current.map(|c| c.leg);
-        self.remotes.retain(|r| Some(r.leg) == current || r.last_pong.is_some());
+        let stays = |r: &Remote| Some(r.leg) == current || r.last_pong.is_some() || r.leg.socket.is_stream();
+        self.remotes.retain(stays);
         for remote in &mut self.remotes {
             remote.full_tries = 0;
         }

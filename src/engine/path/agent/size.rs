@@ -16,12 +16,14 @@ impl PathAgent {
 
     /// The size in use, and whether larger ones are ruled out. None: no direct path.
     pub(crate) fn mtu(&self) -> Option<(u16, bool)> {
-        self.current.map(|_| (self.search.size(), self.search.is_settled()))
+        self.current.map(|c| (self.search.size(), self.search.is_settled() || c.leg.socket.is_stream()))
     }
 
     /// When the search wants to be looked after.
     pub(super) fn size_due(&self, last_tx: Option<Now>, now: Now) -> Option<Now> {
-        let current = self.current.filter(|_| self.awake && last_tx.is_some_and(|tx| now.since(tx) < FLOWING))?;
+        let current = self
+            .current
+            .filter(|c| self.awake && !c.leg.socket.is_stream() && last_tx.is_some_and(|tx| now.since(tx) < FLOWING))?;
         (current.doubt.is_none() || self.search.is_suspecting()).then(|| self.search.next(current.rtt))
     }
 
@@ -70,8 +72,11 @@ impl PathAgent {
         }
     }
 
-    fn tell_size<R: Rng>(&self, cx: &mut Context<'_, R>) {
-        cx.actions.push_back(Action::Mtu { size: self.search.size(), settled: self.search.is_settled() });
+    /// In a TCP connection packets of the usual size go and no larger ones: nothing is gained by them there.
+    pub(super) fn tell_size<R: Rng>(&self, cx: &mut Context<'_, R>) {
+        if let Some((size, settled)) = self.mtu() {
+            cx.actions.push_back(Action::Mtu { size, settled });
+        }
     }
 
     /// Small probes are answered, but nothing that data needs.

@@ -42,7 +42,9 @@ impl PathAgent {
         }
         let due = |r: &&mut Remote| {
             let due = r.review.is_some_and(|at| at <= now) || (all && r.rtt.is_some());
-            due && r.leg != current.leg
+            // From UDP nothing leads back to TCP but need.
+            let worse = r.leg.socket.is_stream() && !current.leg.socket.is_stream();
+            due && r.leg != current.leg && !worse
         };
         let legs: Vec<Leg> = self
             .remotes
@@ -171,6 +173,8 @@ impl PathAgent {
             None => true,
             Some(c) if c.leg == leg => false,
             Some(c) if c.doubt.is_some() => true,
+            // Datagrams in a stream wait for those that were lost before them: any way by UDP is better.
+            Some(c) if leg.socket.is_stream() != c.leg.socket.is_stream() => c.leg.socket.is_stream() && size >= BASE,
             // One that takes packets of every size is better than one that does not.
             Some(_) if size < BASE => false,
             Some(_) if self.search.size() < BASE => true,
@@ -201,7 +205,7 @@ impl PathAgent {
             self.next_review = cx.now + REVIEW;
             self.search = Search::new(size, cx.now);
             cx.actions.push_back(Action::Turn { leg, lead });
-            cx.actions.push_back(Action::Mtu { size: self.search.size(), settled: self.search.is_settled() });
+            self.tell_size(cx);
         }
     }
 }
