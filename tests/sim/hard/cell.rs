@@ -1,13 +1,16 @@
 //! One pair of NATs, many times: how often a direct path was found, how fast, and with how many packets.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::time::Duration;
 
+use meshd::engine::io::{Input, PortMapping};
 use meshd::engine::planner::Limits;
 
 use crate::dice::Dice;
 use crate::scenario::{Places, Scenario};
 use crate::sim::{NodeRef, Sim};
+use crate::town::Site;
 use crate::world::World;
 
 /// How one run ended.
@@ -52,9 +55,33 @@ pub(crate) fn stage_with(scenario: &Scenario, change: impl FnOnce(&mut Sim)) -> 
     (sim, places, a, b)
 }
 
+/// The router in front of a node grants it its own port.
+pub(crate) fn grant(sim: &mut Sim, node: NodeRef, site: &Site) -> SocketAddr {
+    let inside = SocketAddr::new(sim.world.addresses(sim.node(node).host)[0], sim.port(node));
+    let external = sim.world.nat_mut(site.gates[0]).unwrap().forward(inside);
+    sim.input(node, Input::PortMapped(Some(PortMapping { external, protocol: "pcp".into() })));
+    external
+}
+
+/// Whose router maps its port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mapped {
+    Nobody,
+    A,
+    B,
+}
+
 /// Runs a scenario until both sides send directly, at most for `patience`.
-pub(crate) fn run(scenario: &Scenario, patience: Duration) -> Run {
-    let (mut sim, _places, a, b) = stage(scenario);
+pub(crate) fn run(scenario: &Scenario, mapped: Mapped, patience: Duration) -> Run {
+    let (mut sim, places, a, b) = stage(scenario);
+    match mapped {
+        Mapped::Nobody => {}
+        Mapped::A => drop(grant(&mut sim, a, &places.site_a)),
+        Mapped::B => drop(grant(&mut sim, b, &places.site_b)),
+    }
+    if mapped != Mapped::Nobody {
+        sim.run_for(Duration::from_secs(1));
+    }
     let start = sim.now();
     let before = [sim.node(a).probes, sim.node(b).probes];
     sim.ping(a, b, u16::try_from(patience.as_millis() / 50).unwrap(), Duration::from_millis(50));
@@ -75,14 +102,20 @@ pub(crate) fn run(scenario: &Scenario, patience: Duration) -> Run {
 }
 
 impl Cell {
-    /// The same pair with `n` seeds; who speaks first alternates.
-    pub(crate) fn measure(scenario: &Scenario, n: u64, patience: Duration) -> Self {
+    /// The same pair with `n` seeds; who speaks first alternates. `mapped`: the router of the first of the pair maps its port.
+    pub(crate) fn measure(scenario: &Scenario, mapped: bool, n: u64, patience: Duration) -> Self {
         let runs = (0..n).map(|i| {
             let mut s = Scenario { seed: scenario.seed + i, ..scenario.clone() };
-            if i % 2 == 1 {
+            let swap = i % 2 == 1;
+            if swap {
                 std::mem::swap(&mut s.a, &mut s.b);
             }
-            run(&s, patience)
+            let mapped = match (mapped, swap) {
+                (false, _) => Mapped::Nobody,
+                (true, false) => Mapped::A,
+                (true, true) => Mapped::B,
+            };
+            run(&s, mapped, patience)
         });
         Self { runs: runs.collect() }
     }

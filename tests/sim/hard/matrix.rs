@@ -8,7 +8,7 @@ mod tests {
 
     use meshd::wire::nat::PortModel;
 
-    use crate::hard::cell::{run, stage};
+    use crate::hard::cell::{Mapped, run, stage};
     use crate::hard::table::{RUNS, measured};
     use crate::nat::{Kind, NAMES};
     use crate::scenario::Scenario;
@@ -48,7 +48,7 @@ mod tests {
         for (a, name) in kinds.iter().zip(NAMES) {
             let _ = write!(out, "| **{name}** |");
             for b in &kinds {
-                let run = run(&Scenario { seed: 1, ..Scenario::pair(*a, *b) }, PATIENCE);
+                let run = run(&Scenario { seed: 1, ..Scenario::pair(*a, *b) }, Mapped::Nobody, PATIENCE);
                 let _ = match run.both {
                     Some(time) => write!(out, " {} ms, {} |", time.as_millis(), run.packets_both),
                     None => write!(out, " relay |"),
@@ -63,9 +63,10 @@ mod tests {
                 let (a_side, both, mean) = cell.packets();
                 let _ = writeln!(
                     out,
-                    "| {} | {} × {} | {} % | {} | {} | {} | {mean} | {both} | {a_side} |",
+                    "| {} | {}{} × {} | {} % | {} | {} | {} | {mean} | {both} | {a_side} |",
                     row.name,
                     pair.0,
+                    if row.mapped { ", mapped" } else { "" },
                     pair.1,
                     cell.within(Duration::from_millis(row.within_ms)).floor(),
                     ms(50),
@@ -148,7 +149,8 @@ port-dependent (`apdm`); filtering likewise (`eif`, `adf`, `apdf`). `seq` counts
 mappings a second; `block` draws from so many ports; the others draw from all. `linux` is masquerade with its default
 settings, `linux+open` lets strangers' packets into the router itself, `linux+random` and `linux+block` are `masquerade
 fully-random`. `blocked` lets no UDP out, but TCP, as `eim+apdf`; all treat TCP as UDP, from a table of their own. The direct
-path of a pair with `blocked` is a TCP connection.
+path of a pair with `blocked` is a TCP connection. `mapped`: the router granted the node a port by
+PCP.
 
 Two nodes on the internet, each behind its own NAT, 20 ms apart, 30 ms through the relay; the coordinator's STUN server has
 two addresses, and the nodes may open 512 sockets. The figures are those of one run. Rows speak first. Milliseconds from the first packet until both sides

@@ -13,5 +13,5 @@ pub(crate) use cell::stage_with;
 
 /// Runs the one pair that a replay names.
 pub(crate) fn replay(scenario: &str) -> String {
-    format!("{:?}", cell::run(&scenario.parse().unwrap(), Duration::from_secs(8)))
+    format!("{:?}", cell::run(&scenario.parse().unwrap(), cell::Mapped::Nobody, Duration::from_secs(8)))
 }

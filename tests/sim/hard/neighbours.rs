@@ -2,15 +2,11 @@
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
     use std::time::Duration;
 
-    use meshd::engine::io::{Input, PortMapping};
-
-    use crate::hard::cell::stage;
+    use crate::hard::cell::{grant, stage};
     use crate::scenario::{Scenario, Shape};
     use crate::sim::{NodeRef, Sim};
-    use crate::town::Site;
     use crate::world::Owner;
 
     const RUNS: u64 = 50;
@@ -23,14 +19,6 @@ mod tests {
     fn scenario(shape: Shape, kind: &str, carrier: &str, seed: u64) -> Scenario {
         let kind = kind.parse().unwrap();
         Scenario { shape, carrier: carrier.parse().unwrap(), seed, ..Scenario::pair(kind, kind) }
-    }
-
-    /// The router in front of a node grants it its own port.
-    fn grant(sim: &mut Sim, node: NodeRef, site: &Site) -> SocketAddr {
-        let inside = SocketAddr::new(sim.world.addresses(sim.node(node).host)[0], sim.port(node));
-        let external = sim.world.nat_mut(site.gates[0]).unwrap().forward(inside);
-        sim.input(node, Input::PortMapped(Some(PortMapping { external, protocol: "pcp".into() })));
-        external
     }
 
     #[test]
