@@ -5,7 +5,7 @@ use ipnet::IpNet;
 use crate::cli::error::CliError;
 use crate::cli::output::{BOLD, GREEN, YELLOW, paint, table};
 use crate::cli::{Global, cidr, client};
-use crate::wire::local::{AliasChange, AliasWish, Call, Response, RouteChange, RouteLine, RouteState};
+use crate::wire::local::{AliasChange, AliasWish, Call, Response, RouteChange, RouteLine, RoutePlace, RouteState};
 
 /// Options of `meshd routes`.
 #[derive(Debug, clap::Args)]
@@ -14,7 +14,8 @@ use crate::wire::local::{AliasChange, AliasWish, Call, Response, RouteChange, Ro
 A node leads to a subnet when it says so (`meshd up --advertise-routes`) and an admin allows it.
 STATE is `pending` (advertised, no admin has approved it), `approved` (allowed, not used here now),
 `active` (packets go that way; on the node itself: it leads there) or `shadowed` (something on this
-machine goes before it).
+machine goes before it): `at home` where that is the very network the node leads to, `away` where
+it is another one with the same numbers.
 
 Networks behind several nodes may have the same numbers. With an alias each is reached under
 numbers of its own, from all nodes and always: 192.168.1.10 as 100.99.7.10, say.
@@ -148,7 +149,7 @@ fn text(routes: &[RouteLine]) -> String {
     }
     rows.extend(routes.iter().map(|route| {
         let via = route.via.clone().unwrap_or_else(|| "-".to_owned());
-        let mut row = vec![route.prefix.to_string(), route.node.clone(), word(route.state).to_owned(), via];
+        let mut row = vec![route.prefix.to_string(), route.node.clone(), word(route).to_owned(), via];
         if aliased {
             row.push(route.alias.map_or_else(|| "-".to_owned(), |alias| alias.to_string()));
         }
@@ -157,19 +158,22 @@ fn text(routes: &[RouteLine]) -> String {
     let mut text = table(&rows);
     for route in routes {
         if let Some(why) = &route.why {
-            let style = if route.state == RouteState::Approved { GREEN } else { YELLOW };
-            let what = paint(word(route.state), style);
+            let good = route.state == RouteState::Approved || route.place == Some(RoutePlace::Home);
+            let style = if good { GREEN } else { YELLOW };
+            let what = paint(word(route), style);
             text.push_str(&format!("{} of {} is {what}: {why}\n", route.prefix, route.node));
         }
     }
     text
 }
 
-const fn word(state: RouteState) -> &'static str {
-    match state {
-        RouteState::Pending => "pending",
-        RouteState::Approved => "approved",
-        RouteState::Active => "active",
-        RouteState::Shadowed => "shadowed",
+const fn word(route: &RouteLine) -> &'static str {
+    match (route.state, route.place) {
+        (RouteState::Pending, _) => "pending",
+        (RouteState::Approved, _) => "approved",
+        (RouteState::Active, _) => "active",
+        (RouteState::Shadowed, Some(RoutePlace::Home)) => "at home",
+        (RouteState::Shadowed, Some(RoutePlace::Away)) => "away",
+        (RouteState::Shadowed, Some(RoutePlace::Unknown) | None) => "shadowed",
     }
 }

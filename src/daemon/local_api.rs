@@ -1,6 +1,6 @@
 //! The local API: a unix socket that answers the command line. One connection, one call; see [`crate::wire::local`].
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, PermissionsExt};
@@ -28,6 +28,7 @@ use crate::daemon::{netcheck, problem};
 use crate::engine::counters::{Counter, Counters};
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Command, Event, Input};
+use crate::engine::place::{self, Overlap};
 use crate::engine::planner::{Planner, ShellStatus};
 use crate::os::{clock, process};
 use crate::time::Now;
@@ -134,7 +135,7 @@ pub(super) struct Api {
     pub(super) stopper: Stopper,
     pub(super) settings: SettingsDesk,
     /// Routes that something on this machine goes before, and what.
-    pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, String>>,
+    pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, Overlap>>,
     /// The interface's name.
     pub(super) interface: String,
     /// Coordinator URLs, as in the token.
@@ -162,7 +163,7 @@ pub(super) struct Parts {
     pub(super) counters: Arc<Counters>,
     pub(super) stopper: Stopper,
     pub(super) settings: SettingsDesk,
-    pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, String>>,
+    pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, Overlap>>,
     pub(super) interface: String,
     pub(super) urls: Vec<String>,
     pub(super) coordinator: ControlKey,
@@ -388,7 +389,7 @@ impl Api {
                 out.write(&Response::AliasChanged(change)).await?;
             }
             Call::Dns => {
-                let shadowed: BTreeSet<IpNet> = self.shadowed.borrow().keys().copied().collect();
+                let shadowed = place::elsewhere(&self.shadowed.borrow());
                 let list = self.planner.with(move |planner, _| planner.dns_list(&shadowed)).await?;
                 out.write(&Response::Dns(list)).await?;
             }

@@ -47,6 +47,7 @@ use crate::engine::counters::Counters;
 use crate::engine::drops::Drops;
 use crate::engine::io::{Event, Input, RoutePlan, SocketId};
 use crate::engine::path::mtu::BASE;
+use crate::engine::place::Meetings;
 use crate::engine::planner::{Config, Limits, MOST_SOCKETS, Planner, StartError};
 use crate::link::proxy::Environment;
 use crate::link::{self, Proxies};
@@ -225,6 +226,7 @@ impl Node {
         notes.extend(store.notes().iter().cloned());
         let drops = Arc::new(Drops::default());
         let (control_secret, nonce_secret) = (copy_of_control(&keys), copy_of_control(&keys));
+        let (me, identity_secret) = (keys.identity_key(), Secret32::new(*keys.identity.expose()));
         let interface = tun.name().to_owned();
         let own = tun.index();
 
@@ -377,6 +379,19 @@ impl Node {
             inputs: handle.inputs.clone(),
             health: health.clone(),
         });
+        let (meetings, met) = watch::channel(Meetings::default());
+        let place = routing::place::run(routing::place::Wiring {
+            netlink: Netlink::connect().map_err(netlink_problem)?,
+            changes: Changes::watch().map_err(netlink_problem)?,
+            index: own,
+            plan: plan.clone(),
+            inputs: handle.inputs.clone(),
+            meetings,
+            network: network.network,
+            me,
+            secret: identity_secret,
+            port: port.wrapping_add(1),
+        });
         let routing = Routing::new(routing::Wiring {
             netlink: own_netlink.clone(),
             changes: Changes::watch().map_err(netlink_problem)?,
@@ -387,6 +402,7 @@ impl Node {
             plan,
             settings: settings.watch(),
             shadowed: shadows,
+            meetings: met,
             health: health.clone(),
         });
         let footprint = (journal, own_netlink);
@@ -478,6 +494,7 @@ impl Node {
             tokio::spawn(connections.run()),
             tokio::spawn(trials),
             tokio::spawn(behind),
+            tokio::spawn(place),
             data_watch,
             planner_task,
         ];

@@ -51,6 +51,9 @@ pub struct Footing {
     pub interfaces: BTreeSet<u32>,
     /// The machine that a person named, if it is a neighbour.
     pub named: Option<Witness>,
+    /// The other nodes that lead there, where they are neighbours. They are no witnesses by themselves, but when all of
+    /// those are silent their answers count.
+    pub fellows: BTreeSet<Witness>,
     /// Another node leads there too.
     pub shared: bool,
 }
@@ -211,7 +214,7 @@ impl Leg {
                 self.state = State::Asked { since: now, round: 0, until: now + PATIENCE };
             }
             State::Asked { since, round, .. } if round < ROUNDS => {
-                asks.extend(self.latest());
+                asks.extend(self.latest().chain(self.fellows()));
                 self.state = State::Asked { since, round: round + 1, until: now + PATIENCE };
             }
             State::Asked { .. } => self.lose(Cut::Silent, now),
@@ -220,7 +223,7 @@ impl Leg {
                 self.since = now;
             }
             State::Lost { why, since, answered, .. } => {
-                asks.extend(self.latest());
+                asks.extend(self.latest().chain(self.fellows()));
                 let silent = self.witnesses.values().all(|at| now.since(*at) > RETRY + PATIENCE);
                 // It was a single answer.
                 let answered = answered.filter(|_| !silent || self.witnesses.is_empty());
@@ -241,6 +244,12 @@ impl Leg {
         let mut list: Vec<(Now, Witness)> = self.witnesses.iter().map(|(w, at)| (*at, *w)).collect();
         list.sort_unstable_by(|a, b| b.cmp(a));
         list.into_iter().map(|(_, witness)| witness)
+    }
+
+    /// Where a machine was named, nobody else counts.
+    fn fellows(&self) -> impl Iterator<Item = Witness> + use<> {
+        let fellows = if self.footing.named.is_none() { self.footing.fellows.clone() } else { BTreeSet::new() };
+        fellows.into_iter().take(WITNESSES)
     }
 
     const fn every(&self) -> Duration {
@@ -271,18 +280,21 @@ mod tests {
         now: Now,
         answers: Vec<Witness>,
         asked: u32,
+        fellow: Option<Witness>,
     }
 
     impl Desk {
         fn new() -> Self {
-            let mut desk = Self { watch: Watch::default(), now: Now(1_000_000), answers: vec![], asked: 0 };
+            let mut desk =
+                Self { watch: Watch::default(), now: Now(1_000_000), answers: vec![], asked: 0, fellow: None };
             desk.look(&[3], None);
             desk
         }
 
         fn look(&mut self, interfaces: &[u32], named: Option<Witness>) {
             let interfaces = interfaces.iter().copied().collect();
-            let footing = Footing { interfaces, named, shared: true };
+            let fellows = self.fellow.into_iter().collect();
+            let footing = Footing { interfaces, named, fellows, shared: true };
             self.watch.look(BTreeMap::from([("192.168.7.0/24".parse().unwrap(), footing)]), self.now);
         }
 
@@ -349,6 +361,19 @@ mod tests {
         desk.answers = vec![PRINTER];
         let found = desk.run(10_000).unwrap();
         assert!((2_000..=6_000).contains(&found), "after {found} ms");
+    }
+
+    #[test]
+    fn where_the_only_machine_sleeps_the_other_router_s_answer_counts() {
+        let mut desk = Desk::new();
+        desk.fellow = Some(PHONE);
+        desk.look(&[3], None);
+        assert_eq!((desk.run(60_000), desk.asked), (None, 0), "nobody is asked for nothing");
+        desk.saw(&[PRINTER]);
+        desk.answers = vec![PHONE];
+        assert_eq!(desk.run(600_000), None);
+        desk.answers.clear();
+        assert!(desk.run(5_000).is_some());
     }
 
     #[test]

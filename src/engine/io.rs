@@ -259,15 +259,6 @@ pub struct OtherRouter {
     pub lan: Vec<SocketAddr>,
 }
 
-/// What a node found of the networks it leads to.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Behind {
-    /// Prefixes that cannot be reached from here at the moment.
-    pub cut: BTreeSet<IpNet>,
-    /// Where it answers on those networks ([`crate::trust::advert::Advert::lan`]).
-    pub lan: Vec<SocketAddr>,
-}
-
 /// A local interface address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LocalAddress {
@@ -330,8 +321,10 @@ pub enum Input {
     SendFailed(Via),
     /// The node is set up otherwise, as far as routes go.
     Routes(RouteWish),
-    /// What is behind the node was found otherwise than before.
-    Behind(Behind),
+    /// Prefixes this node leads to that cannot be reached from it at the moment.
+    Cut(BTreeSet<IpNet>),
+    /// Where this node answers on the networks it leads to ([`crate::trust::advert::Advert::lan`]).
+    AnswersAt(Vec<SocketAddr>),
     /// From the local API.
     Command(Command),
 }

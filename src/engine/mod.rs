@@ -25,6 +25,7 @@ pub mod outbound;
 pub mod packet;
 pub mod path;
 pub mod peer;
+pub mod place;
 pub mod planner;
 pub mod portmap;
 pub mod prefixes;

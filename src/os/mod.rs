@@ -10,6 +10,7 @@
 pub mod clock;
 pub mod extra;
 pub mod hops;
+pub mod lan;
 pub mod lock;
 pub mod manager;
 pub mod mark;

@@ -729,11 +729,26 @@ pub struct RouteLine {
     pub state: RouteState,
     /// The name of the node that this node's packets for the prefix go through now; null: none does.
     pub via: Option<String>,
+    /// Of a shadowed one: whether this machine is where the prefix is; null: that was not asked.
+    #[serde(default)]
+    pub place: Option<RoutePlace>,
     /// Why it is not active, or what is wrong with it.
     pub why: Option<String>,
     /// Other numbers under which the network is reached always.
     #[serde(default)]
     pub alias: Option<IpNet>,
+}
+
+/// Whether the network this machine is in is the one that a node leads to, or only has its numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RoutePlace {
+    /// It is: it is reached directly.
+    Home,
+    /// It is another: the prefix is not reached by these addresses.
+    Away,
+    /// Nobody could be asked, or has answered yet.
+    Unknown,
 }
 
 /// What becomes of a prefix of a node.

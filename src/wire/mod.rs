@@ -18,6 +18,7 @@ pub mod probe;
 pub mod relay;
 pub mod relay_udp;
 pub mod renumber;
+pub mod same_lan;
 pub mod siphash;
 pub mod stun;
 pub mod upnp;

@@ -9,9 +9,9 @@ use std::process::Output;
 use meshd::wire::local::{
     AliasChange, CounterValue, CounterValues, DnsChange, DnsChanges, DnsKind, DnsLine, DnsList, Drained, DrainedRoute,
     DropCount, Health, Netcheck, NetcheckServer, PathKind, PeerWhy, Pong, PortMapper, PortMapperProtocol, Problem,
-    Punching, Removed, Request, Response, RouteChange, RouteLine, RouteList, RouteProbe, RouteState, SettingsDocument,
-    Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer, StatusSelf, TokenReply,
-    WhyFound, WhySide,
+    Punching, Removed, Request, Response, RouteChange, RouteLine, RouteList, RoutePlace, RouteProbe, RouteState,
+    SettingsDocument, Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer,
+    StatusSelf, TokenReply, WhyFound, WhySide,
 };
 use meshd::wire::nat::{Mapper, PortModel, Seen};
 
@@ -313,16 +313,21 @@ fn routes_documents() {
         node: node.to_owned(),
         id: "bb22000000000002".to_owned(),
         state,
+        place: None,
         via: via.map(str::to_owned),
         why: why.map(str::to_owned),
         alias: None,
     };
     let approve = "no admin has approved it: `meshd routes approve nas 10.0.0.0/24`";
+    let placed = |place, route: RouteLine| RouteLine { place: Some(place), ..route };
+    let (shadowed, in_it) = (RouteState::Shadowed, Some("eth0 is in 192.168.8.0/24 itself"));
     let routes = vec![
         line("10.0.0.0/24", "nas", RouteState::Pending, None, Some(approve)),
         line("192.168.1.0/24", "nas", RouteState::Active, Some("nas"), None),
         line("192.168.1.0/24", "spare", RouteState::Approved, Some("nas"), Some("nas is asked for it")),
         line("192.168.7.0/24", "office", RouteState::Shadowed, None, Some("eth0 is in 192.168.7.0/24")),
+        placed(RoutePlace::Home, line("192.168.8.0/24", "shop", shadowed, None, in_it)),
+        placed(RoutePlace::Away, line("192.168.8.0/25", "barn", shadowed, None, in_it)),
     ];
     check("routes", &["routes"], &[Response::Routes(RouteList { schema: 1, routes }), Response::Done]);
     let with = |node: &str, third: u8| RouteLine {

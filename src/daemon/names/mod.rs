@@ -25,6 +25,7 @@ use crate::daemon::planner_task::PlannerHandle;
 use crate::daemon::settings::Settings;
 use crate::engine::io::Event;
 use crate::engine::names::Zone;
+use crate::engine::place::{Overlap, elsewhere};
 use crate::os::netlink::Changes;
 use crate::wire::local::Severity;
 
@@ -45,7 +46,7 @@ pub(super) struct Wiring {
     pub(super) changes: Changes,
     pub(super) settings: watch::Receiver<Settings>,
     /// Routes that something on this machine goes before, and what.
-    pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, String>>,
+    pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, Overlap>>,
     pub(super) health: Health,
 }
 
@@ -126,8 +127,8 @@ type Cached = (u64, Arc<Zone>);
 
 impl Zones {
     /// Takes note of what goes before routes on this machine: names there have other addresses then.
-    fn go_before(&self, shadowed: &BTreeMap<IpNet, String>) {
-        let now: BTreeSet<IpNet> = shadowed.keys().copied().collect();
+    fn go_before(&self, shadowed: &BTreeMap<IpNet, Overlap>) {
+        let now = elsewhere(shadowed);
         let mut known = self.shadowed.lock();
         if **known != now {
             *known = Arc::new(now);

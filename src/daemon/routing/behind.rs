@@ -10,7 +10,7 @@ use crate::daemon::apply::Surroundings;
 use crate::daemon::health::Health;
 use crate::daemon::settings::Settings;
 use crate::engine::behind::{Cut, Footing, Watch, Witness};
-use crate::engine::io::{Behind, Input, RoutePlan};
+use crate::engine::io::{Input, RoutePlan};
 use crate::os::clock;
 use crate::os::netlink::{Changes, Neighbour, Netlink};
 use crate::time::Now;
@@ -35,7 +35,7 @@ pub(in crate::daemon) struct Wiring {
 /// Runs until it is aborted.
 pub(in crate::daemon) async fn run(mut w: Wiring) {
     let mut watch = Watch::default();
-    let mut said = Behind::default();
+    let mut said: BTreeMap<IpNet, Cut> = BTreeMap::new();
     let mut known: Vec<Neighbour> = Vec::new();
     loop {
         let (plan, settings) = (w.plan.borrow_and_update().clone(), w.settings.borrow_and_update().clone());
@@ -63,12 +63,13 @@ pub(in crate::daemon) async fn run(mut w: Wiring) {
                 }
             }
             let cut: BTreeMap<IpNet, Cut> = watch.cut().collect();
-            let found = Behind { cut: cut.keys().copied().collect(), ..said.clone() };
-            if found != said {
+            if cut != said {
                 report(&w.health, &cut);
-                said = found.clone();
-                // Full: the planner has enough to do, and takes it a moment later. Gone: the daemon stops.
-                if w.inputs.send(Input::Behind(found)).await.is_err() {
+                let found: BTreeSet<IpNet> = cut.keys().copied().collect();
+                let news = found.len() != said.len() || !found.iter().all(|prefix| said.contains_key(prefix));
+                said = cut;
+                // The planner is gone only when the daemon stops.
+                if news && w.inputs.send(Input::Cut(found)).await.is_err() {
                     return;
                 }
             }
@@ -132,8 +133,13 @@ async fn footings(
             }
             interface.filter(|index| interfaces.contains(index)).map(|interface| Witness { interface, ip: *target })
         });
-        let shared = plan.others.get(prefix).is_some_and(|others| !others.is_empty());
-        footings.insert(*prefix, Footing { interfaces, named, shared });
+        let others = plan.others.get(prefix).map(Vec::as_slice).unwrap_or_default();
+        let near = others.iter().flat_map(|other| &other.lan).filter_map(|at| {
+            let interface = around.on_link(at.ip()).filter(|index| interfaces.contains(index))?;
+            Some(Witness { interface, ip: at.ip() })
+        });
+        let (fellows, shared) = (near.collect(), !others.is_empty());
+        footings.insert(*prefix, Footing { interfaces, named, fellows, shared });
     }
     if strangers.is_empty() {
         w.health.clear("probe-not-a-neighbour");

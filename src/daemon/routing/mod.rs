@@ -7,6 +7,7 @@
 
 pub(in crate::daemon) mod behind;
 pub(in crate::daemon) mod nft;
+pub(in crate::daemon) mod place;
 mod plan;
 mod router;
 pub(in crate::daemon) mod sysctl;
@@ -25,8 +26,9 @@ use crate::daemon::health::Health;
 use crate::daemon::problem;
 use crate::daemon::settings::Settings;
 use crate::engine::io::RoutePlan;
+use crate::engine::place::{Meetings, Overlap};
 use crate::os::netlink::{Changes, Netlink};
-use crate::wire::local::{Problem, Severity};
+use crate::wire::local::{Problem, RoutePlace, Severity};
 
 use plan::{Exit, Own, Wanted};
 use router::Router;
@@ -47,7 +49,9 @@ pub(super) struct Wiring {
     pub(super) journal: Journal,
     pub(super) plan: watch::Receiver<RoutePlan>,
     pub(super) settings: watch::Receiver<Settings>,
-    pub(super) shadowed: watch::Sender<BTreeMap<IpNet, String>>,
+    pub(super) shadowed: watch::Sender<BTreeMap<IpNet, Overlap>>,
+    /// Which routers were met on the networks this machine is in.
+    pub(super) meetings: watch::Receiver<Meetings>,
     pub(super) health: Health,
 }
 
@@ -80,6 +84,7 @@ impl Routing {
             let going_on = tokio::select! {
                 changed = self.w.plan.changed() => changed.is_ok(),
                 changed = self.w.settings.changed() => changed.is_ok(),
+                changed = self.w.meetings.changed() => changed.is_ok(),
                 () = self.w.changes.next() => true,
                 () = again => true,
             };
@@ -100,7 +105,8 @@ impl Routing {
                 return false;
             }
         };
-        match self.accept(&plan.accepted, &around, &settings).await {
+        let meetings = self.w.meetings.borrow_and_update().clone();
+        match self.accept(&plan, &around, &settings, &meetings).await {
             Ok(()) => self.w.health.clear("routes"),
             Err(why) => self.w.health.set("routes", Severity::Error, why.text, why.hint),
         }
@@ -109,12 +115,19 @@ impl Routing {
     }
 
     /// Leads prefixes into the tunnel.
-    async fn accept(&self, accepted: &[IpNet], around: &Surroundings, settings: &Settings) -> Result<(), Problem> {
+    async fn accept(
+        &self,
+        plan: &RoutePlan,
+        around: &Surroundings,
+        settings: &Settings,
+        meetings: &Meetings,
+    ) -> Result<(), Problem> {
         let exit = settings
             .exit_node
             .is_some()
             .then_some(Exit { lan: settings.exit_node_allow_lan_access, kill_switch: settings.kill_switch });
-        let wanted = self.own.wanted(accepted, around, exit);
+        let mut wanted = self.own.wanted(&plan.accepted, around, exit);
+        self.locate(&mut wanted.shadowed, plan, meetings);
         self.w.shadowed.send_if_modified(|shadowed| {
             let changed = *shadowed != wanted.shadowed;
             shadowed.clone_from(&wanted.shadowed);
@@ -161,6 +174,32 @@ impl Routing {
             journal.undone(&whole);
         }
         Ok(())
+    }
+
+    /// Adds what is known of the places.
+    fn locate(&self, shadowed: &mut BTreeMap<IpNet, Overlap>, plan: &RoutePlan, meetings: &Meetings) {
+        let mut away = Vec::new();
+        for (prefix, overlap) in shadowed.iter_mut() {
+            let Some(interface) = overlap.interface else { continue };
+            let routers = plan.others.get(prefix).map(Vec::as_slice).unwrap_or_default();
+            let place = meetings.place(interface, routers.iter().map(AsRef::as_ref));
+            if place == RoutePlace::Away {
+                let names: Vec<&str> = routers.iter().map(|router| router.name.as_str()).collect();
+                away.push(format!("{prefix} of {}", names.join(" and ")));
+            }
+            overlap.place = Some(place);
+        }
+        if away.is_empty() {
+            self.w.health.clear("away-same-numbers");
+            return;
+        }
+        let text = format!(
+            "this machine is in another network with the numbers of {}, which is therefore not reached by them",
+            away.join(", ")
+        );
+        let hint = "the nodes are reached by name and mesh address, and their networks by an alias: `meshd routes` shows it, \
+                    `meshd routes alias NODE CIDR` on an admin node gives one";
+        self.w.health.set("away-same-numbers", Severity::Info, text, hint);
     }
 
     /// With everything in the tunnel, what comes from outside for the tunnel itself fails a strict check of its source

@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use crate::daemon::apply::Surroundings;
+use crate::engine::place::Overlap;
 use crate::os::netlink::{InterfaceAddress, Rule, TableRoute};
 
 /// Marks what meshd itself sends: it never goes into the tunnel.
@@ -46,7 +47,7 @@ pub(super) struct Wanted {
     pub(super) routes: BTreeSet<TableRoute>,
     pub(super) rules: Vec<Rule>,
     /// What is not routed because something on this machine goes before it, and what.
-    pub(super) shadowed: BTreeMap<IpNet, String>,
+    pub(super) shadowed: BTreeMap<IpNet, Overlap>,
 }
 
 impl Own {
@@ -103,7 +104,7 @@ impl Own {
 impl Surroundings {
     /// What on this machine takes the packets for all of a prefix, in words. Something that takes a part of it only is asked
     /// first for that part.
-    fn goes_before(&self, prefix: &IpNet) -> Option<String> {
+    fn goes_before(&self, prefix: &IpNet) -> Option<Overlap> {
         if prefix.prefix_len() == 0 {
             return None;
         }
@@ -114,11 +115,13 @@ impl Surroundings {
             if let Ok(net) = IpNet::new(found.address.ip, found.address.prefix_len)
                 && takes(&net.trunc())
             {
-                return Some(format!("{} is in {} itself", on(Some(found.index)), net.trunc()));
+                let by = format!("{} is in {} itself", on(Some(found.index)), net.trunc());
+                return Some(Overlap { by, interface: Some(found.index), place: None });
             }
         }
         let route = self.routes.iter().find(|route| takes(&route.prefix))?;
-        Some(format!("there is a route to {} on {}", route.prefix, on(route.index)))
+        let by = format!("there is a route to {} on {}", route.prefix, on(route.index));
+        Some(Overlap { by, interface: None, place: None })
     }
 
     /// The networks this machine is in that are not everybody's: an IPv4 network with public addresses is.
@@ -192,8 +195,8 @@ mod tests {
         let installed: Vec<String> = wanted.routes.iter().map(|r| r.prefix.to_string()).collect();
         // The wider one is routed: for the part this machine is in, the main table is asked first.
         assert_eq!(installed, ["172.16.0.0/12", "192.168.0.0/16"]);
-        assert_eq!(wanted.shadowed[&net("192.168.1.0/24")], "eth0 is in 192.168.1.0/24 itself");
-        assert_eq!(wanted.shadowed[&net("10.1.0.0/16")], "there is a route to 10.0.0.0/8 on eth1");
+        assert_eq!(wanted.shadowed[&net("192.168.1.0/24")].by, "eth0 is in 192.168.1.0/24 itself");
+        assert_eq!(wanted.shadowed[&net("10.1.0.0/16")].by, "there is a route to 10.0.0.0/8 on eth1");
         assert_eq!(wanted.shadowed.len(), 3);
         let [main, ours] = wanted.rules.as_slice() else { panic!("{:?}", wanted.rules) };
         assert_eq!((main.table, main.suppress, main.v6), (254, Some(7), false));

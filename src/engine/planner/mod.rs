@@ -377,7 +377,8 @@ impl Planner {
             Input::PortMapped(mapping) => self.port_mapped(mapping),
             Input::SendFailed(via) => self.send_failed(&via),
             Input::Routes(wish) => self.route_wish(wish),
-            Input::Behind(behind) => self.found_behind(behind),
+            Input::Cut(prefixes) => self.found_cut(prefixes),
+            Input::AnswersAt(lan) => self.answers_at(lan),
             Input::Command(Command::Ping { token, seq, peer, timeout_ms }) => self.ping(token, seq, peer, timeout_ms),
             Input::Command(Command::Publish { token, records }) => self.publish(token, records),
         }

@@ -5,6 +5,7 @@
 //! before that, packet by packet.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,8 +13,9 @@ use ipnet::IpNet;
 
 use crate::engine::alias::RealFlows;
 use crate::engine::drops::Drop;
-use crate::engine::io::{Behind, OtherRouter, Output, PeerId, RoutePlan, RouteWish, Update};
+use crate::engine::io::{OtherRouter, Output, PeerId, RoutePlan, RouteWish, Update};
 use crate::engine::peer::Peer;
+use crate::engine::place::Overlap;
 use crate::engine::planner::sessions::IN_USE_COMMAND;
 use crate::engine::planner::{Planner, Why};
 use crate::time::{Now, UnixSeconds};
@@ -22,7 +24,7 @@ use crate::trust::founding::{route_grant_record, route_revoke_record};
 use crate::trust::record::{Member, SignedRecord};
 use crate::wire::control::{ToCoordinator, refusal};
 use crate::wire::keys::{IdentityKey, WgKey};
-use crate::wire::local::{DrainedRoute, Problem, RouteChange, RouteLine, RouteState};
+use crate::wire::local::{DrainedRoute, Problem, RouteChange, RouteLine, RoutePlace, RouteState};
 
 /// Wider prefixes are ways of saying "everything", which is an exit node's business.
 const SHORTEST_IPV4: u8 = 8;
@@ -44,8 +46,9 @@ const ADVERTISE_AGAIN: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(super) struct RouteBook {
     wish: RouteWish,
-    /// What the shell found behind this node.
-    behind: Behind,
+    /// What cannot be reached from this node, and where it answers on what it leads to.
+    cut: BTreeSet<IpNet>,
+    lan: Vec<SocketAddr>,
     /// The newest advertisement of each member, our own among them.
     adverts: BTreeMap<IdentityKey, Heard>,
     /// Who is asked for a prefix now.
@@ -114,7 +117,8 @@ impl RouteBook {
     pub(super) fn new(wish: RouteWish) -> Self {
         Self {
             wish,
-            behind: Behind::default(),
+            cut: BTreeSet::new(),
+            lan: Vec::new(),
             adverts: BTreeMap::new(),
             chosen: BTreeMap::new(),
             told: BTreeMap::new(),
@@ -140,8 +144,15 @@ impl Planner {
     }
 
     /// The shell looked behind this node.
-    pub(super) fn found_behind(&mut self, behind: Behind) {
-        self.routes.behind = behind;
+    pub(super) fn found_cut(&mut self, prefixes: BTreeSet<IpNet>) {
+        self.routes.cut = prefixes;
+        self.renew_advert();
+        self.routes_changed();
+    }
+
+    /// The shell answers there who is on the same network.
+    pub(super) fn answers_at(&mut self, lan: Vec<SocketAddr>) {
+        self.routes.lan = lan;
         self.renew_advert();
         self.routes_changed();
     }
@@ -160,12 +171,12 @@ impl Planner {
         let me = self.me.identity;
         let wanted: BTreeSet<IpNet> = self.routes.wish.advertise.iter().take(MAX_ROUTES).copied().collect();
         let (cut, reached): (Vec<IpNet>, Vec<IpNet>) =
-            wanted.iter().copied().partition(|prefix| self.routes.behind.cut.contains(prefix));
+            wanted.iter().copied().partition(|prefix| self.routes.cut.contains(prefix));
         let (routes, resting, draining) = match self.routes.wish.draining {
             false => (reached, cut, Vec::new()),
             true => (Vec::new(), wanted.into_iter().collect(), reached),
         };
-        let mut lan = self.routes.behind.lan.clone();
+        let mut lan = self.routes.lan.clone();
         lan.truncate(MAX_LAN);
         if routes.is_empty() && resting.is_empty() {
             lan.clear();
@@ -515,7 +526,7 @@ impl Planner {
     /// Every prefix that a member advertises or may, with what becomes of it here. `shadowed`: those that something on this
     /// machine goes before, and what.
     #[must_use]
-    pub fn route_lines(&self, shadowed: &BTreeMap<IpNet, String>) -> Vec<RouteLine> {
+    pub fn route_lines(&self, shadowed: &BTreeMap<IpNet, Overlap>) -> Vec<RouteLine> {
         let mut lines = Vec::new();
         for member in self.ledger.members() {
             let heard = self.routes.adverts.get(&member.identity);
@@ -527,7 +538,7 @@ impl Planner {
         lines
     }
 
-    fn route_line(&self, member: &Member, prefix: IpNet, shadowed: &BTreeMap<IpNet, String>) -> RouteLine {
+    fn route_line(&self, member: &Member, prefix: IpNet, shadowed: &BTreeMap<IpNet, Overlap>) -> RouteLine {
         let (state, why) = self.route_state(member, &prefix, shadowed);
         let via = self.routes.chosen.get(&prefix).map(|id| self.name_of(*id));
         RouteLine {
@@ -536,6 +547,7 @@ impl Planner {
             id: member.identity.node_id().to_string(),
             state,
             via: via.filter(|_| !shadowed.contains_key(&prefix)),
+            place: shadowed.get(&prefix).and_then(|overlap| overlap.place).filter(|_| state == RouteState::Shadowed),
             why,
             alias: self.ledger.alias(&member.identity, &prefix),
         }
@@ -545,7 +557,7 @@ impl Planner {
         &self,
         member: &Member,
         prefix: &IpNet,
-        shadowed: &BTreeMap<IpNet, String>,
+        shadowed: &BTreeMap<IpNet, Overlap>,
     ) -> (RouteState, Option<String>) {
         let (who, name) = (&member.identity, &member.name);
         let advert = self.routes.adverts.get(who).map(|heard| &heard.advert);
@@ -580,8 +592,13 @@ impl Planner {
         }
         let alias = self.ledger.alias(who, prefix);
         let instead = || alias.map_or_else(String::new, |alias| format!("; {name}'s network is reached as {alias}"));
-        if let Some(by) = shadowed.get(prefix) {
-            return (RouteState::Shadowed, Some(format!("{by}{}", instead())));
+        if let Some(Overlap { by, place, .. }) = shadowed.get(prefix) {
+            let why = match place {
+                Some(RoutePlace::Home) => format!("{by}, and {name} is there too: it is reached directly"),
+                Some(RoutePlace::Away) => format!("{by}, another network with the same numbers{}", instead()),
+                Some(RoutePlace::Unknown) | None => format!("{by}{}", instead()),
+            };
+            return (RouteState::Shadowed, Some(why));
         }
         match self.routes.chosen.get(prefix) {
             Some(id) if self.by_identity.get(who) == Some(id) => {

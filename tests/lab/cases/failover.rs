@@ -15,6 +15,7 @@ use crate::world::{Node, World, ensure, eventually, let_pass};
 pub fn cases() -> Vec<Case> {
     vec![
         case("failover::a_router_whose_leg_is_cut_is_left_although_it_is_online", leg_cut),
+        case("failover::a_quiet_lan_is_not_given_up", quiet),
         case("failover::the_machine_that_was_named_decides", named),
         case("failover::a_drained_router_keeps_its_connections_and_gets_no_new_ones", drained),
     ]
@@ -164,6 +165,20 @@ fn leg_cut() -> Result<()> {
     Ok(())
 }
 
+fn quiet() -> Result<()> {
+    let site = Office::new(&[])?;
+    let (first, second) = site.ready()?;
+    let before = via(&site.a)?;
+    // The only machine that answered is switched off. The routers answer each other.
+    site.printer.ip("link set eth0 down")?;
+    let_pass(Duration::from_secs(6));
+    for router in [first, second] {
+        let health = health(router)?;
+        ensure(!health.contains("route-cut"), || format!("{}: {health}", router.name))?;
+    }
+    ensure(via(&site.a)? == before, || "the way changed".to_owned())
+}
+
 fn named() -> Result<()> {
     let site = Office::new(&[])?;
     site.ready()?;
@@ -256,8 +271,12 @@ fn drained() -> Result<()> {
     ensure(first.run(&["drain", "off"])?.contains("asked again"), || "it does not say so".to_owned())?;
     let_pass(Duration::from_secs(1));
     ensure(via(&site.a)? == second.name, || "the packets moved back for nothing".to_owned())?;
-    // And now the second can go. (Who restarted is known again.)
-    site.a.ping_until_direct(&first.name)?;
+    // And now the second can go. (WireGuard needs up to 15 s to notice that the other end has restarted.)
+    let mesh = first.address(true)?;
+    eventually("the first answers under a new session", Duration::from_secs(20), || {
+        let seen = site.a.icmp(mesh, &["-c", "1", "-W", "1"])?;
+        ensure(seen.received == 1, || format!("{seen:?}"))
+    })?;
     second.run(&["drain"])?;
     eventually("the first is asked again", BAR, || {
         let seen = site.seen()?;

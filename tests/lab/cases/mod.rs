@@ -17,6 +17,7 @@ mod mistakes;
 mod mtu;
 mod names;
 mod paths;
+mod places;
 mod portmap;
 mod proxy;
 mod relay;
@@ -46,6 +47,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(daemon::cases());
     cases.extend(routes::cases());
     cases.extend(failover::cases());
+    cases.extend(places::cases());
     cases.extend(services::cases());
     cases.extend(sites::cases());
     cases.extend(guides::cases());

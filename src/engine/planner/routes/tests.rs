@@ -274,7 +274,8 @@ fn what_a_router_finds_behind_itself_is_said_at_once() {
     let wish = |draining| RouteWish { advertise: vec![net(LAN), net("10.0.0.0/8")], draining, ..RouteWish::default() };
     desk.input(Input::Routes(wish(false)));
     let lan = vec!["192.168.7.1:7000".parse().unwrap()];
-    desk.input(Input::Behind(Behind { cut: BTreeSet::from([net(LAN)]), lan: lan.clone() }));
+    desk.input(Input::AnswersAt(lan.clone()));
+    desk.input(Input::Cut(BTreeSet::from([net(LAN)])));
     let said = |desk: &mut Desk| desk.said.pop().unwrap().open(&desk.f.network).unwrap();
     let cut = said(&mut desk);
     assert_eq!((cut.routes, cut.resting, cut.draining), (vec![net("10.0.0.0/8")], vec![net(LAN)], vec![]));
@@ -284,12 +285,37 @@ fn what_a_router_finds_behind_itself_is_said_at_once() {
     assert_eq!(drained.routes, []);
     assert_eq!((drained.resting.len(), drained.draining), (2, vec![net("10.0.0.0/8")]), "what is cut is not drained");
     desk.input(Input::Routes(wish(false)));
-    desk.input(Input::Behind(Behind { cut: BTreeSet::new(), lan }));
+    desk.input(Input::Cut(BTreeSet::new()));
     assert_eq!(said(&mut desk).routes.len(), 2);
     // Said once is enough.
     desk.said.clear();
-    desk.input(Input::Behind(Behind { cut: BTreeSet::new(), lan: vec!["192.168.7.1:7000".parse().unwrap()] }));
+    desk.input(Input::Cut(BTreeSet::new()));
+    desk.input(Input::AnswersAt(lan));
     assert!(desk.said.is_empty());
+}
+
+/// Nothing is installed in either place; what a person reads is another thing.
+#[test]
+fn a_network_with_the_same_numbers_is_home_or_another_place() {
+    let mut desk = Desk::new(1);
+    desk.word("r0", LAN, true);
+    desk.advertise(0, &[LAN], &[]);
+    desk.presence(&[0], &[]);
+    let line = |place| {
+        let overlap = Overlap { by: "eth0 is in it itself".to_owned(), interface: Some(2), place };
+        desk.planner.route_lines(&BTreeMap::from([(net(LAN), overlap)])).remove(0)
+    };
+    for (place, words) in [
+        (Some(RoutePlace::Home), "reached directly"),
+        (Some(RoutePlace::Away), "another network with the same numbers"),
+        (Some(RoutePlace::Unknown), "eth0 is in it itself"),
+        (None, "eth0 is in it itself"),
+    ] {
+        let line = line(place);
+        assert_eq!((line.state, line.place, line.via.clone()), (RouteState::Shadowed, place, None));
+        assert!(line.why.as_ref().unwrap().contains(words), "{line:?}");
+    }
+    assert_eq!(desk.lines().remove(0).place, None);
 }
 
 #[test]
