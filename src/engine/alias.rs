@@ -8,8 +8,8 @@
 
 use std::hash::BuildHasher as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use ipnet::IpNet;
 use rustc_hash::FxBuildHasher;
@@ -21,34 +21,33 @@ use crate::wire::renumber::{End, Look, look, renumber, renumber_quoted};
 const FLOWS: usize = 8_192;
 
 /// Flows that came by real addresses. Shared by both directions of the packet path; a word is read or written at once, and
-/// nothing else depends on it.
-#[derive(Debug)]
-pub struct RealFlows(Box<[AtomicU64]>);
-
-impl Default for RealFlows {
-    fn default() -> Self {
-        Self(std::iter::repeat_with(AtomicU64::default).take(FLOWS).collect())
-    }
-}
+/// nothing else depends on it. The table is made when the first is remembered.
+#[derive(Debug, Default)]
+pub struct RealFlows(OnceLock<Box<[AtomicU64]>>);
 
 impl RealFlows {
-    fn place(&self, flow: u64) -> Option<&AtomicU64> {
-        let place = (flow >> 32) as usize % FLOWS;
-        self.0.get(place)
-    }
-
     fn set(&self, flow: u64, real: bool) {
-        let Some(place) = self.place(flow) else { return };
         if real {
-            place.store(flow, Ordering::Relaxed);
-        } else if place.load(Ordering::Relaxed) == flow {
+            let table = self.0.get_or_init(|| std::iter::repeat_with(AtomicU64::default).take(FLOWS).collect());
+            if let Some(place) = place(table, flow) {
+                place.store(flow, Ordering::Relaxed);
+            }
+        } else if self.holds(flow)
+            && let Some(place) = self.0.get().and_then(|table| place(table, flow))
+        {
             place.store(0, Ordering::Relaxed);
         }
     }
 
     fn holds(&self, flow: u64) -> bool {
-        self.place(flow).is_some_and(|place| place.load(Ordering::Relaxed) == flow)
+        let place = self.0.get().and_then(|table| place(table, flow));
+        place.is_some_and(|place| place.load(Ordering::Relaxed) == flow)
     }
+}
+
+/// Where a flow stands in the table, if anywhere.
+fn place(table: &[AtomicU64], flow: u64) -> Option<&AtomicU64> {
+    table.get((flow >> 32) as usize % FLOWS)
 }
 
 /// What is renumbered how. Each direction of a worker has one.

@@ -18,6 +18,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("sites::three_networks_with_the_same_numbers_are_reached_at_once", three),
         case("sites::by_alias_and_by_its_own_numbers_at_once", both),
+        case("sites::machines_of_two_networks_with_the_same_numbers_reach_each_other", joined),
     ]
 }
 
@@ -28,6 +29,7 @@ const LAN: &str = "192.168.22.0/24";
 struct Site {
     name: &'static str,
     node: Node,
+    server: Namespace,
 }
 
 impl Site {
@@ -37,11 +39,11 @@ impl Site {
         let server = lan.host(&format!("web-{name}"), 3)?;
         web(&server, at(&lan.v4(3), 80), &format!("{name}{}", ".".repeat(200_000)))?;
         echo(&server, at(&lan.v4(3), 7))?;
-        Ok(Self { name, node })
+        Ok(Self { name, node, server })
     }
 
-    fn up(&self, token: &str) -> Result<()> {
-        let up = ["up", "--name", self.name, "--advertise-routes", LAN];
+    fn up(&self, token: &str, more: &[&str]) -> Result<()> {
+        let up = [&["up", "--name", self.name, "--advertise-routes", LAN], more].concat();
         self.node.namespace.run(self.node.meshd(&up).env("MESHD_TOKEN", token)).map(drop)
     }
 }
@@ -109,7 +111,7 @@ fn three() -> Result<()> {
     c.up(&world.coordinator.claim()?)?;
     let token = c.run(&["invite", "--uses", "3", "--routes", LAN])?;
     for site in &sites {
-        site.up(token.trim())?;
+        site.up(token.trim(), &[])?;
     }
     // Nothing is guessed: it is said, with the command.
     eventually("it is said how to tell them apart", Duration::from_secs(10), || {
@@ -192,7 +194,7 @@ fn both() -> Result<()> {
     let c = with_resolver("c", world.internet.host("c", 41)?)?;
     c.up(&world.coordinator.claim()?)?;
     let token = c.run(&["invite", "--routes", LAN])?;
-    site.up(token.trim())?;
+    site.up(token.trim(), &[])?;
     let server = alias(&c, "one")?;
     for address in ["192.168.22.3", &server] {
         eventually(address, Duration::from_secs(15), || page(&c.namespace, address))?;
@@ -221,4 +223,30 @@ fn both() -> Result<()> {
         ensure(page(&c.namespace, &server).is_err(), || "it is still there".to_owned())
     })?;
     page(&c.namespace, "192.168.22.3").map(drop)
+}
+
+/// The network of a server's alias.
+fn network(server: &str) -> String {
+    format!("{}.0/24", server.strip_suffix(".3").unwrap_or(server))
+}
+
+/// Neither network knows of the other's numbers: each sees the other's machines under their aliases.
+fn joined() -> Result<()> {
+    let world = World::new()?;
+    let (one, two) = (Site::new(&world, "one", 31)?, Site::new(&world, "two", 32)?);
+    one.up(&world.coordinator.claim()?, &["--snat=false"])?;
+    let admin = &one.node;
+    let token = admin.run(&["invite", "--routes", LAN])?;
+    two.up(token.trim(), &["--snat=false"])?;
+    admin.run(&["routes", "approve", "one", LAN])?;
+    let (first, second) = (alias(admin, "one")?, alias(admin, "two")?);
+    for (site, other) in [(&one, &second), (&two, &first)] {
+        site.server.ip(&format!("route add {} via 192.168.22.2", network(other)))?;
+    }
+    for (site, to, wanted, seen) in [(&one, &second, "two", &first), (&two, &first, "one", &second)] {
+        let (name, from) =
+            eventually(&format!("{} reaches {to}", site.name), Duration::from_secs(15), || page(&site.server, to))?;
+        ensure(name == wanted && from == *seen, || format!("{name}, seen as {from}"))?;
+    }
+    Ok(())
 }
