@@ -149,6 +149,7 @@ fn advert() -> SignedAdvert {
         resting: vec!["0.0.0.0/0".parse().unwrap()],
         draining: Vec::new(),
         lan: Vec::new(),
+        relay: false,
     };
     SignedAdvert::sign(&advert, &home.keys.identity.signing_key())
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::cli::cidr::{self, Prefixes, Probes};
 use crate::cli::error::{CliError, Kind};
 use crate::cli::output::{BOLD, paint};
-use crate::cli::{Global, client, duration};
+use crate::cli::{Global, client, duration, size};
 use crate::wire::local::{Call, Response, RouteProbe, SettingsChange, SettingsDocument};
 
 /// Settings of a node that `meshd up` and `meshd set` take. Each is kept until it is given otherwise.
@@ -36,6 +36,12 @@ pub(super) struct Routing {
     /// With an exit node, let nothing leave beside it, not even when meshd was killed [default: false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     kill_switch: Option<bool>,
+    /// Relay for pairs of nodes that have no direct path, when the coordinator is gone or this way is shorter [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    relay: Option<bool>,
+    /// Relay at most so many bytes a second, such as 500kB or 10MB; pairs share it equally [default: 10MB]
+    #[arg(long, value_name = "BYTES", value_parser = size::parse)]
+    relay_rate: Option<u64>,
     /// Run this program with each event as JSON on its standard input, or none (docs/reference/events.md)
     #[arg(long, value_name = "PROGRAM")]
     on_event: Option<String>,
@@ -56,6 +62,8 @@ impl Routing {
             exit_node: self.exit_node.clone(),
             exit_node_allow_lan_access: self.exit_node_allow_lan_access,
             kill_switch: self.kill_switch,
+            relay: self.relay,
+            relay_rate: self.relay_rate,
             on_event: self.on_event.clone(),
             probes: self.probe.as_ref().map(|list| list.0.clone()),
             ..SettingsChange::default()
@@ -131,6 +139,7 @@ fn text(set: &SettingsDocument) -> String {
         ("exit-node", set.exit_node.clone().unwrap_or_else(|| "none".to_owned())),
         ("exit-node-allow-lan-access", yes(set.exit_node_allow_lan_access)),
         ("kill-switch", yes(set.kill_switch)),
+        ("relay", if set.relay { format!("yes, {} bytes/s", set.relay_rate) } else { yes(false) }),
         ("on-event", set.on_event.clone().unwrap_or_else(|| "none".to_owned())),
     ];
     if let Some(seconds) = set.reverts_in_s {

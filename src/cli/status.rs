@@ -15,8 +15,9 @@ Exit codes:
   0  running
   1  not running, or not what --check asked for
 
-PATH is `direct` (to the peer's own address), `relay` (through the coordinator, which sees
-ciphertext only), `idle` (nothing sent lately; sessions are made on demand) or `offline`.")]
+PATH is `direct` (to the peer's own address), `relay` (through the coordinator or a node
+that relays, which see ciphertext only), `idle` (nothing sent lately; sessions are made on demand)
+or `offline`.")]
 pub struct Args {
     /// Only say by the exit code whether the daemon answers (live), or is also connected (ready)
     #[arg(long, value_name = "WHAT")]

@@ -28,6 +28,8 @@ use crate::wire::keys::IdentityKey;
 use crate::wire::local::{Problem, RouteProbe, SettingsChange, SettingsDocument};
 use crate::wire::version;
 
+/// What a node that relays for others carries unless told otherwise, bytes per second.
+const RELAY_RATE: u64 = 10_000_000;
 /// The word for no exit node.
 const NONE: &str = "none";
 
@@ -51,6 +53,10 @@ pub struct Settings {
     pub exit_node_allow_lan_access: bool,
     /// And nothing else leaves, not even when the daemon was killed.
     pub kill_switch: bool,
+    /// Relay for others.
+    pub relay: bool,
+    /// So many bytes a second.
+    pub relay_rate: u64,
     /// This program hears of events.
     pub on_event: Option<PathBuf>,
     /// Others are to be asked for what this node leads to; what is under way through it is still forwarded.
@@ -72,6 +78,8 @@ impl Default for Settings {
             exit_node: None,
             exit_node_allow_lan_access: true,
             kill_switch: false,
+            relay: false,
+            relay_rate: RELAY_RATE,
             on_event: None,
             drain: false,
             probes: BTreeMap::new(),
@@ -110,7 +118,8 @@ impl Settings {
         if self.advertise_exit_node {
             advertise.extend([IpNet::V4(Ipv4Net::default()), IpNet::V6(Ipv6Net::default())]);
         }
-        RouteWish { advertise, draining: self.drain, accept: self.accept_routes, exit_node: self.exit_node }
+        let (accept, relay) = (self.accept_routes, self.relay.then_some(self.relay_rate));
+        RouteWish { advertise, draining: self.drain, accept, exit_node: self.exit_node, relay }
     }
 
     /// These settings with a change made.
@@ -144,6 +153,8 @@ impl Settings {
         }
         next.exit_node_allow_lan_access = change.exit_node_allow_lan_access.unwrap_or(next.exit_node_allow_lan_access);
         next.kill_switch = change.kill_switch.unwrap_or(next.kill_switch);
+        next.relay = change.relay.unwrap_or(next.relay);
+        next.relay_rate = change.relay_rate.unwrap_or(next.relay_rate).max(1);
         if let Some(text) = &change.on_event {
             next.on_event = hooks::chosen(text)?;
         }
@@ -323,6 +334,8 @@ impl SettingsDesk {
             exit_node: kept.settings.exit_node.as_ref().map(name),
             exit_node_allow_lan_access: kept.settings.exit_node_allow_lan_access,
             kill_switch: kept.settings.kill_switch,
+            relay: kept.settings.relay,
+            relay_rate: kept.settings.relay_rate,
             on_event: kept.settings.on_event.as_ref().map(|program| program.display().to_string()),
             drain: kept.settings.drain,
             probes: kept.settings.probes.iter().map(|(p, t)| RouteProbe { prefix: *p, target: *t }).collect(),

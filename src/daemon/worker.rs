@@ -18,7 +18,7 @@ use tokio::sync::oneshot;
 use crate::daemon::outbox::{FromRelay, Outbox};
 use crate::daemon::tcp::ToStreams;
 use crate::engine::drops::Drop;
-use crate::engine::inbound::Inbound;
+use crate::engine::inbound::{Inbound, ToRelay};
 use crate::engine::io::{Notice, SocketId, Update, Via};
 use crate::engine::outbound::Outbound;
 use crate::engine::packet::{Arrival, FromTun, MIN_ROOM, OutboundSink};
@@ -147,6 +147,7 @@ impl Worker {
             for relayed in &from_relay {
                 self.inbound.handle_datagram(&Via::Relay { peer: relayed.peer }, &relayed.bytes, now, &mut self.outbox);
             }
+            self.relay_for_others(now);
             self.flush_established(now);
             self.outbound.release(now, &mut self.outbox);
             self.outbox.flush();
@@ -325,6 +326,13 @@ impl Worker {
                 Some(Ok(None)) | None => drop(datagrams.count()),
                 Some(Err(why)) => outbox.count(*why, datagrams.count()),
             }
+        }
+    }
+
+    /// What peers asked to be passed on in this turn.
+    fn relay_for_others(&mut self, now: Now) {
+        while let Some(ToRelay { from, to, payload }) = self.inbound.next_to_relay() {
+            self.outbound.relay(from, to, &payload, now, &mut self.outbox);
         }
     }
 

@@ -75,6 +75,10 @@ named! {
     PeerMessageLimit = "peer-message-limit",
     /// Inbound: a peer asked for something to be passed on that is not passed on, or to a node that cannot be reached from here.
     NotPassedOn = "not-passed-on",
+    /// Relaying for others: more than this node volunteered to carry, or more than the pair's share of it.
+    PeerRelayLimit = "peer-relay-limit",
+    /// Relaying for others: packets came faster than they could be passed on; newest dropped.
+    PeerRelayBusy = "peer-relay-busy",
     /// Inbound: the TUN device refused the packet.
     TunRefused = "tun-refused",
     /// Inbound: the queue from the relay is full; newest dropped.

@@ -1,7 +1,7 @@
 //! From the network to the TUN device. Read top to bottom: classify, find the key, open, check the source, queue,
 //! stamp.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
@@ -22,10 +22,25 @@ use crate::engine::traffic::Traffic;
 use crate::time::Now;
 use crate::wire::classify::{Kind, classify};
 use crate::wire::keys::WgKey;
+use crate::wire::peer::{self, Message, Name};
 use crate::wire::{ip, mss, probe, stun, wireguard};
 
 /// Stands for this node itself.
 const HERE: PeerId = PeerId(u32::MAX);
+
+/// Datagrams of others, and for us through others, that may wait within one batch.
+const PASSING: usize = 256;
+
+/// A datagram that one peer wants passed on to another.
+#[derive(Debug)]
+pub struct ToRelay {
+    /// Who asked.
+    pub from: PeerId,
+    /// For whom.
+    pub to: PeerId,
+    /// The datagram.
+    pub payload: Vec<u8>,
+}
 
 /// The inbound half of a data worker.
 #[derive(Debug)]
@@ -39,6 +54,13 @@ pub struct Inbound {
     own: Vec<IpAddr>,
     tx_prefix: [u8; 4],
     probe_names: HashSet<[u8; 8], FxBuildHasher>,
+    /// Members, as messages of peers name them.
+    names: HashMap<Name, PeerId, FxBuildHasher>,
+    /// This node relays for others.
+    relaying: bool,
+    to_relay: VecDeque<ToRelay>,
+    /// Data that came through another node, and from whom, as that says.
+    passed: VecDeque<(WgKey, Vec<u8>)>,
     /// What waits in the IPv4 and in the IPv6 socket.
     queues: [Codel; 2],
     /// The next packet for which that is possible tells its sender to slow down.
@@ -94,6 +116,10 @@ impl Inbound {
             own: config.own.clone(),
             tx_prefix: config.tx_prefix,
             probe_names: HashSet::default(),
+            names: HashMap::default(),
+            relaying: false,
+            to_relay: VecDeque::new(),
+            passed: VecDeque::new(),
             queues: Default::default(),
             must_sign: false,
             drops,
@@ -154,6 +180,18 @@ impl Inbound {
             }
         }
         self.end_run(via, run, now, sink);
+        // What came inside: as if by the coordinator's relay. A message inside that goes no further.
+        while let Some((peer, payload)) = self.passed.pop_front() {
+            let mut run = None;
+            let arrival = Arrival::by(Via::Relay { peer });
+            self.data(&arrival, &payload, &mut run, now, sink);
+            self.end_run(&arrival.via, run, now, sink);
+        }
+    }
+
+    /// The next datagram to pass on for others; ask until there is none after each batch.
+    pub fn next_to_relay(&mut self) -> Option<ToRelay> {
+        self.to_relay.pop_front()
     }
 
     /// Takes what the planner decided.
@@ -161,6 +199,7 @@ impl Inbound {
         match update {
             Update::Peer { peer, key, owns: _, admits, keeps: _, traffic } => {
                 self.sources.set(peer, admits);
+                self.names.insert(peer::name_of(&key), peer);
                 let index = peer.0 as usize;
                 if self.peers.len() <= index {
                     self.peers.resize_with(index + 1, || None);
@@ -183,6 +222,7 @@ impl Inbound {
             Update::Gone(peer) => {
                 self.sources.remove_peer(peer);
                 if let Some(gone) = self.peers.get_mut(peer.0 as usize).and_then(Option::take) {
+                    self.names.remove(&peer::name_of(&gone.key));
                     if let Some(index) = gone.index {
                         self.sessions.remove(index);
                     }
@@ -222,7 +262,8 @@ impl Inbound {
             }
             Update::Serves(prefixes) => self.serves.set(HERE, prefixes),
             Update::Aliases { pairs, flows } => self.aliases = Aliases::new(&pairs, &flows),
-            Update::Established(_) | Update::GiveUp(_) => {}
+            Update::Relaying(rate) => self.relaying = rate.is_some(),
+            Update::Established(_) | Update::GiveUp(_) | Update::Through { .. } => {}
         }
     }
 
@@ -248,8 +289,11 @@ impl Inbound {
             Opened::Packet { len, established } => (&mut room[..len], established),
             Opened::Keepalive { established } => (&mut [], established),
             Opened::Message { len, established } => {
-                let notice = Notice::Message { peer: run.id, bytes: room[..len].to_vec() };
-                sink.notice(notice);
+                let bytes = room[..len].to_vec();
+                let from = run.id;
+                if !self.is_passing(via, from, &bytes) {
+                    sink.notice(Notice::Message { peer: from, bytes });
+                }
                 (&mut [], established)
             }
             Opened::Error(why) => return self.not_opened(run.id, via, why, now, sink),
@@ -280,6 +324,38 @@ impl Inbound {
         if established {
             sink.established(run.id);
             sink.notice(Notice::Confirmed(run.id));
+        }
+    }
+
+    /// Data that is passed on, by us or to us. Only what came directly: it takes one hop, and what is inside takes none. False:
+    /// the message is for the planner.
+    fn is_passing(&mut self, via: &Via, by: PeerId, bytes: &[u8]) -> bool {
+        if !matches!(via, Via::Udp { .. }) {
+            return false;
+        }
+        match Message::decode(bytes) {
+            Ok(Message::Pass { to, payload }) if self.relaying => match self.names.get(&to) {
+                Some(to) if *to != by && classify(payload) != Kind::Junk => {
+                    if self.to_relay.len() < PASSING {
+                        self.to_relay.push_back(ToRelay { from: by, to: *to, payload: payload.to_vec() });
+                    } else {
+                        self.drops.count(Drop::PeerRelayBusy);
+                    }
+                    true
+                }
+                _ => false,
+            },
+            Ok(Message::Passed { from, payload }) if classify(payload) == Kind::Data => {
+                let sender = self.names.get(&from).filter(|sender| **sender != by);
+                let key = sender.and_then(|sender| self.peers.get(sender.0 as usize)?.as_ref()).map(|p| p.key);
+                match key {
+                    Some(key) if self.passed.len() < PASSING => self.passed.push_back((key, payload.to_vec())),
+                    Some(_) => self.drops.count(Drop::PeerRelayBusy),
+                    None => self.drops.count(Drop::NotPassedOn),
+                }
+                true
+            }
+            _ => false,
         }
     }
 

@@ -157,6 +157,15 @@ pub enum Update {
     Established(PeerId),
     /// No handshake succeeded: drop what was staged.
     GiveUp(PeerId),
+    /// Who carries what goes to the peer by relay; None: the coordinator.
+    Through {
+        /// Whose packets.
+        peer: PeerId,
+        /// A node that relays for others, reached directly.
+        relay: Option<PeerId>,
+    },
+    /// This node relays for others, so many bytes a second; None: it does not.
+    Relaying(Option<u64>),
     /// Path probes and sealed messages with this name in them come from that peer.
     ProbeName {
         /// Who.
@@ -186,6 +195,13 @@ pub enum Notice {
         peer: PeerId,
         /// What was sealed.
         bytes: Vec<u8>,
+    },
+    /// A peer asked for packets to be passed on to another, to which there is no direct way from here.
+    NoWay {
+        /// Who asked.
+        from: PeerId,
+        /// To whom.
+        to: PeerId,
     },
     /// Authenticated data came from a UDP address that is not the peer's current one.
     Roamed {
@@ -229,11 +245,13 @@ pub struct RouteWish {
     pub accept: bool,
     /// Send what goes nowhere else through this node.
     pub exit_node: Option<IdentityKey>,
+    /// Relay for others, so many bytes a second.
+    pub relay: Option<u64>,
 }
 
 impl Default for RouteWish {
     fn default() -> Self {
-        Self { advertise: Vec::new(), draining: false, accept: true, exit_node: None }
+        Self { advertise: Vec::new(), draining: false, accept: true, exit_node: None, relay: None }
     }
 }
 

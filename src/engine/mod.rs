@@ -25,6 +25,7 @@ pub mod outbound;
 pub mod packet;
 pub mod path;
 pub mod peer;
+pub(crate) mod peer_relay;
 pub mod place;
 pub mod planner;
 pub mod portmap;

@@ -16,12 +16,14 @@ use crate::engine::hold::Hold;
 use crate::engine::io::{Notice, Path, PeerId, SocketId, Update};
 use crate::engine::packet::{DATA_OVERHEAD, Destination, FromTun, MIN_ROOM, OutboundSink};
 use crate::engine::path::mtu::BASE;
+use crate::engine::peer_relay::Shares;
 use crate::engine::routes::Routes;
 use crate::engine::session::tunnel::Tunnel;
 use crate::engine::traffic::Traffic;
 use crate::time::Now;
 use crate::wire::keys::WgKey;
 use crate::wire::offload::{self, BadSuper, Cut};
+use crate::wire::peer::{Name, PASS_OVERHEAD, name_of, pass_header};
 use crate::wire::{ip, mss};
 
 /// Packets that may wait for one peer's session. As many as WireGuard for Linux stages; the oldest goes first.
@@ -33,6 +35,10 @@ pub const MAX_INNER: usize = crate::wire::relay::MAX_PAYLOAD - DATA_OVERHEAD;
 /// A packet that waited for a session or a path for longer is not worth sending: REKEY_ATTEMPT_TIME, WireGuard paper
 /// section 6.1.
 const STAGED_FOR: Duration = Duration::from_secs(90);
+/// Messages this long go on any direct path: that a volunteer's carries them, full-size probes have shown before it was chosen.
+const PROVEN: usize = BASE as usize + DATA_OVERHEAD + PASS_OVERHEAD;
+/// Who asks for packets to be passed on in vain is told this often.
+const NO_WAY: Duration = Duration::from_millis(100);
 /// While packets wait, the planner is reminded this often.
 const REMIND: Duration = Duration::from_secs(1);
 
@@ -53,6 +59,8 @@ pub struct Outbound {
     scratch: Vec<u8>,
     /// Makes packets fit their path.
     fit: Fit,
+    /// What this node carries for others.
+    shares: Option<Shares>,
     drops: Arc<Drops>,
 }
 
@@ -62,6 +70,10 @@ struct Peer {
     traffic: Arc<Traffic>,
     tunnel: Option<Arc<Mutex<Tunnel>>>,
     path: Path,
+    /// Who carries what goes by relay, if not the coordinator.
+    through: Option<PeerId>,
+    /// When somebody was told last that there is no way to it.
+    no_way: Option<Now>,
     /// How long packets may be on the direct path, and whether connections that open are told so.
     mtu: u16,
     settled: bool,
@@ -89,6 +101,7 @@ impl Outbound {
             held_bytes: 0,
             scratch: Vec::new(),
             fit: Fit::default(),
+            shares: None,
             drops,
         }
     }
@@ -171,6 +184,8 @@ impl Outbound {
                             traffic,
                             tunnel: None,
                             path: Path::Relay,
+                            through: None,
+                            no_way: None,
                             mtu: BASE,
                             settled: false,
                             staged: VecDeque::new(),
@@ -212,6 +227,12 @@ impl Outbound {
             Update::Established(peer) => self.flush(peer, now, sink),
             Update::GiveUp(peer) => self.drop_staged(peer, Drop::HandshakeTimeout),
             Update::Aliases { pairs, flows } => self.aliases = Aliases::new(&pairs, &flows),
+            Update::Through { peer, relay } => {
+                if let Some(peer) = self.peer_mut(peer) {
+                    peer.through = relay;
+                }
+            }
+            Update::Relaying(rate) => self.shares = rate.map(Shares::new),
             Update::ProbeName { .. } | Update::Serves(_) => {}
         }
     }
@@ -287,6 +308,41 @@ impl Outbound {
         }
     }
 
+    /// Passes a datagram of one peer on to another, in its session, if there is a direct way and it is within what this node
+    /// carries. One hop: it came directly and goes directly.
+    pub fn relay(&mut self, from: PeerId, to: PeerId, payload: &[u8], now: Now, sink: &mut impl OutboundSink) {
+        let sender = self.peers.get(from.0 as usize).and_then(Option::as_ref).map(|p| name_of(&p.key));
+        let (Some(name), Some(shares)) = (sender, &mut self.shares) else {
+            self.drops.count(Drop::NotPassedOn);
+            return;
+        };
+        if !shares.take((from, to), payload.len(), now) {
+            self.drops.count(Drop::PeerRelayLimit);
+            return;
+        }
+        let Some(peer) = self.peers.get_mut(to.0 as usize).and_then(Option::as_mut) else {
+            self.drops.count(Drop::NotPassedOn);
+            return;
+        };
+        match peer.carrier().filter(|carrier| carrier.ready(now)) {
+            Some(carrier) if payload.len() + PASS_OVERHEAD <= PROVEN => {
+                self.scratch.clear();
+                self.scratch.extend_from_slice(&pass_header(true, &name, payload.len()));
+                self.scratch.extend_from_slice(payload);
+                if carrier.send(&self.scratch, 0, &self.drops, now, sink) && peer.traffic.needs_watching() {
+                    sink.notice(Notice::Active(to));
+                }
+            }
+            _ => {
+                self.drops.count(Drop::NotPassedOn);
+                if peer.no_way.is_none_or(|at| now.since(at) >= NO_WAY) {
+                    peer.no_way = Some(now);
+                    sink.notice(Notice::NoWay { from, to });
+                }
+            }
+        }
+    }
+
     /// How long packets to the peer may be, and what connections that open are told about that. On the relay nothing:
     /// they outlive it, and what they send is cut as long as need be.
     fn limits(&self, id: PeerId) -> (u16, Option<u16>) {
@@ -303,6 +359,12 @@ impl Outbound {
             return;
         };
         let limit = peer.limit();
+        if held.as_ref().is_some_and(|(holder, _)| *holder != id) {
+            // It may be the very node that carries for this peer.
+            *held = None;
+        }
+        let carrier = peer.through.and_then(|by| self.peers.get(by.0 as usize)?.as_ref()?.carrier());
+        let carrier = carrier.filter(|carrier| carrier.ready(now)).map(|carrier| (carrier, name_of(&peer.key)));
         if peer.traffic.needs_watching() {
             sink.notice(Notice::Active(id));
         }
@@ -326,7 +388,7 @@ impl Outbound {
             return;
         };
         // 5 fit, 6 seal, 7 path, 8 queue
-        let mut seal = Seal { tunnel, drops: &self.drops, sent: 0, now };
+        let mut seal = Seal { tunnel, carrier, drops: &self.drops, sent: 0, now };
         while let Some(packet) = packets.next() {
             if packet.len() <= usize::from(limit) {
                 seal.send(packet, peer, &mut self.scratch, sink);
@@ -338,7 +400,7 @@ impl Outbound {
                         seal.send(piece, peer, &mut self.scratch, sink);
                     }
                 }
-                Fitted::Whole => seal.straight(packet, &Destination::Relay { peer: peer.key }, sink),
+                Fitted::Whole => seal.relayed(packet, peer, &mut self.scratch, sink),
                 Fitted::Refused(told) => {
                     self.drops.count(Drop::TooBig);
                     if let Some(mut error) = told {
@@ -398,6 +460,13 @@ impl Outbound {
 }
 
 impl Peer {
+    /// The direct way to it, for what is passed on.
+    fn carrier(&self) -> Option<Carrier> {
+        let Path::Direct { socket, remote } = self.path else { return None };
+        let (tunnel, traffic) = (Arc::clone(self.tunnel.as_ref()?), Arc::clone(&self.traffic));
+        Some(Carrier { tunnel, to: Destination::Udp { socket, remote }, traffic })
+    }
+
     /// How long packets may be.
     fn limit(&self) -> u16 {
         match self.path {
@@ -434,6 +503,8 @@ impl Packets<'_> {
 /// A run of packets of one peer.
 struct Seal<'a> {
     tunnel: &'a mut Tunnel,
+    /// Who carries what goes by relay, and the peer as it is named there.
+    carrier: Option<(Carrier, Name)>,
     drops: &'a Drops,
     /// Inner bytes sealed.
     sent: usize,
@@ -445,13 +516,30 @@ impl Seal<'_> {
     fn send(&mut self, packet: &[u8], peer: &Peer, scratch: &mut Vec<u8>, sink: &mut impl OutboundSink) {
         match peer.path {
             Path::None => self.drops.count(Drop::NoPath),
-            Path::Relay => self.straight(packet, &Destination::Relay { peer: peer.key }, sink),
+            Path::Relay => self.relayed(packet, peer, scratch, sink),
             Path::Direct { socket, remote } => self.straight(packet, &Destination::Udp { socket, remote }, sink),
             Path::Both { socket, remote } => {
                 let ways = [Destination::Relay { peer: peer.key }, Destination::Udp { socket, remote }];
                 self.both_ways(packet, &ways, scratch, sink);
             }
         }
+    }
+
+    /// Sends a packet by relay: in the session with the node that carries for this peer, or through the coordinator.
+    fn relayed(&mut self, packet: &[u8], peer: &Peer, scratch: &mut Vec<u8>, sink: &mut impl OutboundSink) {
+        let fits = packet.len() + DATA_OVERHEAD + PASS_OVERHEAD <= PROVEN;
+        let Some((carrier, name)) = self.carrier.as_ref().filter(|_| fits) else {
+            return self.straight(packet, &Destination::Relay { peer: peer.key }, sink);
+        };
+        scratch.resize(PASS_OVERHEAD + room_for(packet), 0);
+        let Some(len) = self.tunnel.seal(packet, &mut scratch[PASS_OVERHEAD..], self.now) else {
+            self.drops.count(Drop::NoPath);
+            return;
+        };
+        scratch.truncate(PASS_OVERHEAD + len);
+        scratch[..PASS_OVERHEAD].copy_from_slice(&pass_header(false, name, len));
+        self.sent += packet.len();
+        carrier.send(scratch, ip::ecn(packet), self.drops, self.now, sink);
     }
 
     /// Seals `packet` straight into the buffer that will be sent.
@@ -486,6 +574,36 @@ impl Seal<'_> {
                 None => self.drops.count(busy(to)),
             }
         }
+    }
+}
+
+/// A direct way to a node, in whose session something is passed on.
+#[derive(Debug)]
+struct Carrier {
+    tunnel: Arc<Mutex<Tunnel>>,
+    to: Destination,
+    traffic: Arc<Traffic>,
+}
+
+impl Carrier {
+    fn ready(&self, now: Now) -> bool {
+        self.tunnel.lock().can_send(now)
+    }
+
+    /// Seals a message. True: it goes.
+    fn send(&self, message: &[u8], ecn: u8, drops: &Drops, now: Now, sink: &mut impl OutboundSink) -> bool {
+        let Some(room) = sink.room(&self.to, ecn, room_for(message)) else {
+            drops.count(busy(&self.to));
+            return false;
+        };
+        let Some(len) = self.tunnel.lock().seal(message, room, now) else {
+            drops.count(Drop::NoPath);
+            return false;
+        };
+        sink.commit(len);
+        // The path is watched as under any traffic.
+        self.traffic.sent(message.len(), now);
+        true
     }
 }
 

@@ -9,6 +9,7 @@ use parking_lot::Mutex;
 
 use crate::engine::io::{Path, PeerId};
 use crate::engine::path::agent::{PathAgent, Stamps};
+use crate::engine::planner::carry::Carry;
 use crate::engine::planner::exchange::Exchange;
 use crate::engine::planner::messages::Patience;
 use crate::engine::session::tunnel::Tunnel;
@@ -70,6 +71,7 @@ pub(crate) struct Talk {
     pub(crate) speaks: bool,
     pub(crate) patience: Patience,
     pub(crate) exchange: Exchange,
+    pub(crate) carry: Carry,
     /// Who passed its last sealed message on to us.
     pub(crate) through: Option<PeerId>,
 }
@@ -142,6 +144,7 @@ impl Talk {
             speaks: false,
             patience: Patience::new(now),
             exchange: Exchange::new(now),
+            carry: Carry::default(),
             through: None,
         }
     }

@@ -58,6 +58,9 @@ pub struct Advert {
     /// Where on the networks it leads to it answers who asks whether they are there too ([`crate::wire::same_lan`]).
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lan: Vec<SocketAddr>,
+    /// It relays for others.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub relay: bool,
 }
 
 /// Why an advertisement is not accepted.
@@ -146,6 +149,7 @@ mod tests {
             resting: vec!["10.0.0.0/8".parse().unwrap()],
             draining: vec!["10.0.0.0/8".parse().unwrap()],
             lan: vec!["192.168.1.2:7000".parse().unwrap()],
+            relay: false,
         }
     }
 

@@ -651,6 +651,12 @@ pub struct SettingsChange {
     /// With an exit node, nothing leaves beside it, not even when the daemon was killed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kill_switch: Option<bool>,
+    /// Relay for others.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relay: Option<bool>,
+    /// So many bytes a second.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relay_rate: Option<u64>,
     /// The program that hears of events: a whole path; `none`: none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_event: Option<String>,
@@ -692,6 +698,12 @@ pub struct SettingsDocument {
     pub exit_node_allow_lan_access: bool,
     /// Nothing leaves beside the exit node, not even when the daemon was killed.
     pub kill_switch: bool,
+    /// It relays for others.
+    #[serde(default)]
+    pub relay: bool,
+    /// At most so many bytes a second.
+    #[serde(default)]
+    pub relay_rate: u64,
     /// The program that hears of events, or null.
     #[serde(default)]
     pub on_event: Option<String>,

@@ -292,6 +292,15 @@ pub fn is_message(inner: &[u8]) -> bool {
     inner.first().is_some_and(|first| first >> 4 == MARK >> 4)
 }
 
+/// What stands before a datagram in a [`Message::Pass`] or a [`Message::Passed`], for those who write it in place.
+#[must_use]
+pub fn pass_header(passed: bool, name: &Name, len: usize) -> [u8; PASS_OVERHEAD] {
+    let [high, low] = u16::try_from(NAME + len).unwrap_or(u16::MAX).to_be_bytes();
+    let mut out = [MARK, if passed { 6 } else { 5 }, high, low, 0, 0, 0, 0, 0, 0, 0, 0];
+    out[HEADER..].copy_from_slice(name);
+    out
+}
+
 /// Something signed that one node hands another.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Parcel {
@@ -453,6 +462,11 @@ mod tests {
         assert_eq!(Message::NoWay { to: [8; 8] }.encode(), [&[0xE1, 7, 0, 8][..], &[8; 8]].concat());
         let pass = Message::Pass { to: [1; 8], payload: &[0xC1, 2] };
         assert_eq!(pass.encode(), [&[0xE1, 5, 0, 10][..], &[1; 8], &[0xC1, 2]].concat());
+        assert_eq!(pass.encode()[..12], pass_header(false, &[1; 8], 2));
+        assert_eq!(
+            Message::Passed { from: [1; 8], payload: &[9; 300] }.encode()[..12],
+            pass_header(true, &[1; 8], 300)
+        );
     }
 
     #[test]

@@ -388,6 +388,8 @@ fn settings_document() {
         exit_node: Some("gate".to_owned()),
         exit_node_allow_lan_access: true,
         kill_switch: false,
+        relay: true,
+        relay_rate: 10_000_000,
         on_event: None,
         drain: true,
         probes: vec![RouteProbe { prefix: "192.168.1.0/24".parse().unwrap(), target: "192.168.1.10".parse().unwrap() }],

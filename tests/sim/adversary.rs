@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use meshd::engine::drops::Drop;
+use meshd::engine::io::{Input, RouteWish};
 use meshd::engine::session::tunnel::{HandshakeResult, Tunnel};
 use meshd::trust::founding::{Terms, invite_record, member_record, revoke_record};
 use meshd::trust::keys::NodeKeys;
@@ -45,6 +46,7 @@ named_runs! {
     hidden_removal => hidden_removal,
     unruly_member => unruly_member,
     looping_member => looping_member,
+    greedy_member => greedy_member,
 }
 
 /// A running ping may lose less than one in a hundred under attack.
@@ -715,6 +717,49 @@ fn looping_member(seed: u64) {
     stage.sim.run_for(Duration::from_millis(200));
     assert_eq!((stage.dropped(Drop::BadSealed), stage.sim.dropped(c, Drop::BadSealed)), (before.0 + 1, before.1 + 1));
     stage.sim.run_for(Duration::from_secs(2));
+    assert!(stage.sim.unanswered(series) <= 2);
+    stage.sim.finish();
+}
+
+/// A member that has a volunteer relay more than it offered, to nobody, to itself, and round about.
+fn greedy_member(seed: u64) {
+    const RATE: u64 = 100_000;
+    let mut stage = stage("greedy_member", seed, 1);
+    let (a, b) = (stage.a, stage.b);
+    let c = third(&mut stage);
+    let series = stage.sim.ping(a, c, 300, Duration::from_millis(50));
+    stage.sim.run_for(Duration::from_secs(3));
+    stage.sim.input(a, Input::Routes(RouteWish { relay: Some(RATE), ..RouteWish::default() }));
+    stage.sim.run_for(Duration::from_millis(100));
+    let mut insider = Insider::new(&mut stage);
+    let [of_a, of_b, of_c] = [a, b, c].map(|node| name_of(&stage.sim.node(node).wg));
+    let data = [&[4, 0, 0, 0][..], &[5; 1_000]].concat();
+    let inside = Message::Pass { to: of_c, payload: &data }.encode();
+    for (n, message) in (1..).zip(&[
+        Message::Pass { to: of_b, payload: &data },
+        Message::Pass { to: of_a, payload: &data },
+        Message::Pass { to: [0; 8], payload: &data },
+        Message::Pass { to: of_c, payload: &inside },
+        Message::Passed { from: of_b, payload: &data },
+    ]) {
+        insider.says(&mut stage, &message.encode());
+        stage.sim.run_for(Duration::from_millis(50));
+        assert_eq!(stage.dropped(Drop::NotPassedOn), n, "{message:?}");
+    }
+    // Nobody holds a session with these numbers.
+    let before = stage.sim.dropped(c, Drop::UnknownIndex);
+    let from = stage.sim.now();
+    for _ in 0..200 {
+        for _ in 0..10 {
+            insider.says(&mut stage, &Message::Pass { to: of_c, payload: &data }.encode());
+        }
+        stage.sim.run_for(Duration::from_millis(10));
+    }
+    stage.sim.run_for(Duration::from_millis(200));
+    let came = stage.sim.dropped(c, Drop::UnknownIndex) - before;
+    let most = RATE * (u64::try_from(stage.sim.now().since(from).as_millis()).unwrap() + 100) / 1_000 / 1_004;
+    assert!(came > most / 2 && came <= most, "{came} of 2000 were relayed, {most} may be");
+    assert!(stage.dropped(Drop::PeerRelayLimit) >= 2_000 - most, "{}", stage.dropped(Drop::PeerRelayLimit));
     assert!(stage.sim.unanswered(series) <= 2);
     stage.sim.finish();
 }

@@ -6,14 +6,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use meshd::engine::drops::{Drop, Drops};
-use meshd::engine::inbound::Inbound;
+use meshd::engine::inbound::{Inbound, ToRelay};
 use meshd::engine::io::{self, Input, Notice, Output, Path, PeerId, SocketId, Update, Via};
 use meshd::engine::outbound::Outbound;
 use meshd::engine::packet::{Destination, FromTun, InboundSink, OutboundSink};
 use meshd::engine::planner::{Config, Planner, Why};
 use meshd::time::Now;
+use meshd::trust::advert::SignedAdvert;
 use meshd::trust::record::SignedRecord;
-use meshd::wire::keys::WgKey;
+use meshd::wire::keys::{IdentityKey, WgKey};
 
 use crate::dice::Dice;
 
@@ -74,6 +75,8 @@ pub(crate) struct Machines {
     pub(crate) paths: BTreeMap<WgKey, Path>,
     /// Where the worker sends each peer's packets.
     pub(crate) sending: BTreeMap<PeerId, Path>,
+    /// The newest advertisements, as the shell keeps them.
+    pub(crate) adverts: BTreeMap<IdentityKey, SignedAdvert>,
     /// Records accepted since the start.
     pub(crate) persisted: Vec<SignedRecord>,
     /// Every time `handle_timeout` was called, by reason.
@@ -106,6 +109,7 @@ impl Machines {
             events: Vec::new(),
             paths: BTreeMap::new(),
             sending: BTreeMap::new(),
+            adverts: BTreeMap::new(),
             persisted: Vec::new(),
             timeouts: BTreeMap::new(),
             interface_mtu: 1_280,
@@ -155,6 +159,9 @@ impl Machines {
         let mut sink = Sink::default();
         self.apply_updates(None, &mut sink);
         self.inbound.handle_datagram(&via, bytes, now, &mut sink);
+        while let Some(ToRelay { from, to, payload }) = self.inbound.next_to_relay() {
+            self.outbound.relay(from, to, &payload, now, &mut sink);
+        }
         for peer in std::mem::take(&mut sink.established) {
             self.outbound.flush(peer, now, &mut sink);
         }
@@ -268,8 +275,10 @@ impl Machines {
                 }
                 Output::Control(message) => wants.push(Want::Control(message)),
                 Output::Persist(records) => self.persisted.extend(records),
+                Output::KeepAdvert { of, advert: Some(advert) } => drop(self.adverts.insert(of, advert)),
+                Output::KeepAdvert { of, advert: None } => drop(self.adverts.remove(&of)),
                 // No node of the simulator leads to a subnet.
-                Output::KeepAdvert { .. } | Output::Routes(_) => {}
+                Output::Routes(_) => {}
                 Output::ResolveStun(servers) => wants.push(Want::ResolveStun(servers)),
                 Output::Event(event) => {
                     if let io::Event::PathChanged { key, path, .. } = &event {

@@ -14,6 +14,7 @@ use meshd::engine::io::{Command, Event as NodeEvent, Input, LocalAddress, Notice
 use meshd::engine::netcheck::{Netcheck, SocketSlot};
 use meshd::engine::planner::{Config, Limits, ShellStatus, Worked};
 use meshd::time::{Now, UnixSeconds};
+use meshd::trust::advert::SignedAdvert;
 use meshd::trust::founding::{Terms, found, invite_record, member_record, network_id};
 use meshd::trust::keys::{NodeKeys, Secret32};
 use meshd::trust::record::{SignedRecord, member_ipv6};
@@ -94,6 +95,10 @@ pub(crate) struct Node {
     last_endpoints: BTreeMap<WgKey, SocketAddr>,
     /// What joined networks, kept over restarts.
     pub(crate) worked: Vec<Worked>,
+    /// Relays for others, so many bytes a second.
+    pub(crate) relays: Option<u64>,
+    /// The newest advertisements it heard, kept over restarts.
+    adverts: Vec<SignedAdvert>,
     /// The record file.
     pub(crate) store: Vec<SignedRecord>,
     life: u32,
@@ -311,6 +316,8 @@ impl Sim {
             port,
             last_endpoints: BTreeMap::new(),
             worked: Vec::new(),
+            relays: None,
+            adverts: Vec::new(),
             store: net.log.clone(),
             life: 0,
             machines: None,
@@ -392,8 +399,8 @@ impl Sim {
             seed: bytes,
             first_number: WALL * 1_000_000 + now.0,
             limits: self.limits,
-            adverts: Vec::new(),
-            routes: RouteWish::default(),
+            adverts: n.adverts.clone(),
+            routes: RouteWish { relay: n.relays, ..RouteWish::default() },
         };
         let mut wants = Vec::new();
         n.machines = Some(Machines::new(config, now, Dice::new(seed).fork("threads"), &mut wants));
@@ -417,6 +424,7 @@ impl Sim {
         if let Some(machines) = n.machines.take() {
             n.worked = machines.planner.worked();
             n.store.extend(machines.persisted);
+            n.adverts = machines.adverts.into_values().collect();
         }
         n.life += 1;
         let delay = if kernel_lives { self.tcp_delay } else { VANISHED };
@@ -425,6 +433,11 @@ impl Sim {
             self.world.at(now + delay, Event::Closed(link, connection.number));
         }
         self.note(node, "is killed");
+    }
+
+    /// From its next start on the node relays for others.
+    pub(crate) fn volunteer(&mut self, node: NodeRef, per_second: u64) {
+        self.nodes[node.0].relays = Some(per_second);
     }
 
     /// Its disk has lost what joined networks, and where peers were.

@@ -918,6 +918,7 @@ fn advert(f: &Founder, keys: &NodeKeys, number: u64) -> crate::trust::advert::Si
         resting: Vec::new(),
         draining: Vec::new(),
         lan: Vec::new(),
+        relay: false,
     };
     crate::trust::advert::SignedAdvert::sign(&advert, &keys.identity.signing_key())
 }

@@ -83,7 +83,8 @@ impl Planner {
         self.timers.set(Why::Anchors, Some(now + if looking > 0 { LOOK } else { REST }));
     }
 
-    fn ensure_session(&mut self, id: PeerId) {
+    /// Begins a session, if there is none.
+    pub(super) fn ensure_session(&mut self, id: PeerId) {
         let tunnel = self.peer(id).and_then(|p| p.talk.as_deref()).and_then(|t| t.tunnel.clone());
         if !tunnel.is_some_and(|tunnel| tunnel.lock().can_send(self.now)) {
             self.start_handshake(id);

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | `mod.rs` | the contract: inputs, outputs, deadlines |
 //! | `anchors.rs` | without the coordinator: which peers are kept so that others are found through them |
+//! | `carry.rs` | peers that relay for others, and which of them carries |
 //! | `control.rs` | the coordinator's messages; records through the ledger; health of that relation |
 //! | `messages.rs` | messages of peers inside their sessions |
 //! | `exchange.rs` | peers compare what they hold, and send what the other lacks |
@@ -27,6 +28,7 @@
 
 mod aliases;
 mod anchors;
+pub(crate) mod carry;
 mod control;
 pub(crate) mod exchange;
 mod fresh;
@@ -159,6 +161,8 @@ pub enum Why {
     Compare(PeerId),
     /// Without the coordinator: peers to look for at their last addresses.
     Anchors,
+    /// The ways to a relayed peer are to be measured.
+    Carry(PeerId),
     /// The coordinator is to be given what peers know and it does not show.
     Withheld,
 }
@@ -216,6 +220,8 @@ pub struct Planner {
     withheld: withheld::Withheld,
     set_digest: exchange::SetDigest,
     anchors: anchors::Anchors,
+    /// What answers something that was passed on goes back through who passed it.
+    reply_through: Option<(PeerId, PeerId)>,
     /// Where peers see this node, when no STUN server tells.
     observed: Vec<stun::Observed>,
     routes: routes::RouteBook,
@@ -291,6 +297,7 @@ impl Planner {
             withheld: withheld::Withheld::default(),
             set_digest: None,
             anchors: anchors::Anchors::default(),
+            reply_through: None,
             observed: Vec::new(),
             routes: routes::RouteBook::new(config.routes),
             relay_up: false,
@@ -415,6 +422,7 @@ impl Planner {
                 Why::Compare(peer) => self.compare_due(peer),
                 Why::Anchors => self.anchors_due(),
                 Why::Withheld => self.withheld_due(),
+                Why::Carry(peer) => self.carry_due(peer),
             }
         }
     }
@@ -435,6 +443,7 @@ impl Planner {
             Notice::NeedSession(peer) => self.need_session(peer),
             Notice::Active(peer) => self.became_active(peer),
             Notice::Slow { via, bytes } => self.handle_slow(&via, &bytes),
+            Notice::NoWay { from, to } => self.cannot_pass(from, to),
             Notice::Message { peer, bytes } => self.handle_message(peer, &bytes),
             Notice::Roamed { peer, via } => self.roamed(peer, &via),
             Notice::Confirmed(peer) => self.session_confirmed(peer),
@@ -509,9 +518,10 @@ impl Planner {
                 self.indices.free(talk.index);
             }
         }
-        for why in [Why::Session(id), Why::Path(id), Why::Idle(id), Why::Compare(id)] {
+        for why in [Why::Session(id), Why::Path(id), Why::Idle(id), Why::Compare(id), Why::Carry(id)] {
             self.timers.set(why, None);
         }
+        self.stop_carrying(id);
         self.update(Update::Gone(id));
         self.router_gone(identity, id);
     }
@@ -553,7 +563,11 @@ impl Planner {
     }
 
     fn send(&mut self, via: Via, bytes: Vec<u8>) {
-        if !self.expelled {
+        if self.expelled {
+            return;
+        }
+        let through = if let Via::Relay { peer } = &via { self.by_wg.get(peer).copied() } else { None };
+        if !through.is_some_and(|id| self.send_through(id, &bytes)) {
             self.outputs.push_back(Output::Send { via, bytes });
         }
     }

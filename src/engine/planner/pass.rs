@@ -48,10 +48,12 @@ impl Planner {
         }
     }
 
-    /// Something was passed on to this node. Who really made it, its seal tells.
+    /// Something was passed on to this node. Who really made it, its seal, MAC or keys tell.
     pub(super) fn was_passed(&mut self, by: PeerId, from: Name, payload: &[u8]) {
         let sender = self.by_short.get(&from).copied().filter(|sender| *sender != by);
-        let Some(sender) = sender.filter(|_| classify(payload) == Kind::Sealed) else {
+        // Data is the workers' business, and comes here only if it did not come directly.
+        let wanted = !matches!(classify(payload), Kind::Junk | Kind::Data | Kind::RelayDatagram);
+        let Some(sender) = sender.filter(|_| wanted) else {
             self.drops.count(Drop::NotPassedOn);
             return;
         };
@@ -59,11 +61,22 @@ impl Planner {
         if !self.ensure_talk(sender) {
             return;
         }
-        // The answer goes the same way.
         if let Some(talk) = self.peer_mut(sender).and_then(|p| p.talk.as_deref_mut()) {
             talk.through = Some(by);
         }
-        self.handle_sealed(&Via::Relay { peer: key }, payload);
+        // Answers to calls may go elsewhere as well; all else goes back the way it came.
+        if classify(payload) == Kind::Sealed {
+            self.handle_sealed(&Via::Relay { peer: key }, payload);
+        } else {
+            self.adopt_carrier(sender, by);
+            self.answering_through(sender, by, |planner| planner.handle_slow(&Via::Relay { peer: key }, payload));
+        }
+    }
+
+    /// A worker cannot pass packets on: whoever asked is told.
+    pub(super) fn cannot_pass(&mut self, from: PeerId, to: PeerId) {
+        let Some(to) = self.peer(to).map(|p| name_of(&p.wg)) else { return };
+        self.send_message(from, &Message::NoWay { to });
     }
 
     /// A peer could not pass something on.
@@ -74,5 +87,6 @@ impl Planner {
         {
             talk.through = None;
         }
+        self.drop_carrier(id, by);
     }
 }

@@ -159,9 +159,9 @@ impl Planner {
     }
 
     /// `lead`: how much sooner packets arrive this way than those that went before.
-    fn select(&mut self, id: PeerId, path: Path, lead: Duration) {
+    pub(super) fn select(&mut self, id: PeerId, path: Path, lead: Duration) {
         let now = self.now;
-        let path = if path == Path::Relay { self.without_direct_path() } else { path };
+        let path = if path == Path::Relay { self.without_direct_path(id) } else { path };
         let Some(peer) = self.peer_mut(id) else { return };
         let key = peer.wg;
         let Some(talk) = peer.talk.as_deref_mut() else { return };
@@ -204,6 +204,7 @@ impl Planner {
                 self.repeat_handshake(id);
                 self.compare_soon(id);
             }
+            self.path_changed(id, path);
             if is_direct && self.heavy.as_ref().is_some_and(|h| h.peer == id) {
                 self.stop_heavy();
             }
@@ -212,8 +213,8 @@ impl Planner {
     }
 
     /// How packets go to a peer without a direct path. With the relay link down they wait for a way.
-    pub(super) const fn without_direct_path(&self) -> Path {
-        if self.relay_up { Path::Relay } else { Path::None }
+    pub(super) fn without_direct_path(&self, id: PeerId) -> Path {
+        if self.relay_up || self.carrier_of(id).is_some() { Path::Relay } else { Path::None }
     }
 
     /// The relay link came or went: so did the way to every peer without a direct path.
@@ -275,7 +276,7 @@ impl Planner {
         let Some(talk) = peer.talk.as_deref() else { return };
         let via = Via::Relay { peer: peer.wg };
         let bytes = probe::seal(&talk.keys, &message, nonce);
-        if !self.relay_leads_to(id) {
+        if !self.relay_leads_to(id) && self.carrier_of(id).is_none() {
             self.pass_on(id, &bytes);
         }
         self.send(via, bytes);
@@ -410,7 +411,7 @@ impl Planner {
             return self.handle_probe(via, bytes);
         }
         let Some(txid) = stun::transaction_id(bytes) else { return };
-        if self.pong(&txid, via, bytes) {
+        if self.pong(&txid, via, bytes) || self.measured(&txid, bytes) {
             return;
         }
         let Via::Udp { remote, .. } = via else {

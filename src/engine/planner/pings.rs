@@ -106,7 +106,7 @@ impl Planner {
         let address = member.map_or(IpAddr::from([0, 0, 0, 0]), |m| IpAddr::V4(m.ipv4));
         let endpoint = |via: &Via| match via {
             Via::Udp { remote, .. } => canonical(*remote).to_string(),
-            Via::Relay { .. } => "coordinator".to_owned(),
+            Via::Relay { .. } => self.relayed_by(pending.peer).unwrap_or_else(|| "coordinator".to_owned()),
         };
         let pong = Pong {
             schema: crate::wire::version::LOCAL,

@@ -138,6 +138,9 @@ impl Planner {
 
     /// The node was set up otherwise.
     pub(super) fn route_wish(&mut self, wish: RouteWish) {
+        if wish.relay != self.routes.wish.relay {
+            self.update(Update::Relaying(wish.relay));
+        }
         self.routes.wish = wish;
         self.renew_advert();
         self.routes_changed();
@@ -162,8 +165,17 @@ impl Planner {
         for signed in adverts {
             self.take_advert(signed);
         }
+        if let Some(rate) = self.routes.wish.relay {
+            self.update(Update::Relaying(Some(rate)));
+        }
         self.renew_advert();
         self.routes_changed();
+    }
+
+    /// Members that relay for others.
+    pub(super) fn volunteering(&self) -> Vec<PeerId> {
+        let volunteers = self.routes.adverts.iter().filter(|(_, heard)| heard.advert.relay);
+        volunteers.filter_map(|(identity, _)| self.by_identity.get(identity).copied()).collect()
     }
 
     /// Signs a new advertisement if what this node leads to is not what it said last.
@@ -181,11 +193,13 @@ impl Planner {
         if routes.is_empty() && resting.is_empty() {
             lan.clear();
         }
+        let relay = self.routes.wish.relay.is_some();
         let same = match self.routes.adverts.get(&me) {
             Some(Heard { advert: said, .. }) => {
-                (&said.routes, &said.resting, &said.draining, &said.lan) == (&routes, &resting, &draining, &lan)
+                said.relay == relay
+                    && (&said.routes, &said.resting, &said.draining, &said.lan) == (&routes, &resting, &draining, &lan)
             }
-            None => routes.is_empty() && resting.is_empty(),
+            None => routes.is_empty() && resting.is_empty() && !relay,
         };
         if same {
             return;
@@ -193,7 +207,7 @@ impl Planner {
         let number = self.next_number;
         self.next_number += 1;
         let network = self.ledger.network();
-        let advert = Advert { v: ADVERT_VERSION, network, identity: me, number, routes, resting, draining, lan };
+        let advert = Advert { v: ADVERT_VERSION, network, identity: me, number, routes, resting, draining, lan, relay };
         let signed = SignedAdvert::sign(&advert, &self.keys.identity.signing_key());
         self.keep_advert(advert, signed);
         self.advertise();
@@ -249,6 +263,7 @@ impl Planner {
         if changed {
             self.renew_advert();
             self.routes_changed();
+            self.volunteers_changed();
         }
     }
 
@@ -426,7 +441,7 @@ impl Planner {
         heard.is_some_and(|at| self.now.since(at) < HEARD_LATELY)
     }
 
-    fn distance(&self, id: PeerId) -> Option<Duration> {
+    pub(super) fn distance(&self, id: PeerId) -> Option<Duration> {
         let talk = self.peer(id)?.talk.as_deref()?;
         talk.agent.direct().map(|(_, _, rtt)| rtt).or(talk.agent.relay_rtt)
     }

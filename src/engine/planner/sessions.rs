@@ -54,6 +54,7 @@ impl Planner {
         peer.traffic.watched.store(true, Ordering::Relaxed);
         let Some(talk) = peer.talk.as_deref_mut() else { return };
         let was_wanted = talk.is_wanted(now);
+        let path = talk.path;
         if let Some(attempt) = attempt.filter(|_| !was_wanted) {
             talk.agent.begin_with(attempt);
         }
@@ -63,6 +64,9 @@ impl Planner {
         self.timers.set(Why::Idle(id), Some(until));
         if !was_wanted && let Some(addr) = remembered {
             self.with_agent(id, |agent, near, cx| agent.try_remembered(addr, near(&addr), cx));
+        }
+        if !was_wanted {
+            self.path_changed(id, path);
         }
         self.advance_path(id);
         self.keep_stun_fresh();
@@ -284,7 +288,7 @@ impl Planner {
         let wg = peer.wg;
         let Some(keys) = self.probe_keys(&wg) else { return false };
         let name = keys.inbound_name();
-        let path = self.without_direct_path();
+        let path = self.without_direct_path(id);
         let agent = PathAgent::new(self.me.wg < wg, now);
         if let Some(peer) = self.peer_mut(id) {
             peer.talk = Some(Box::new(Talk::new(keys, agent, path, now)));

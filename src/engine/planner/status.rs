@@ -223,7 +223,7 @@ impl Planner {
             },
             Path::Relay | Path::None => StatusPath {
                 kind: PathKind::Relay,
-                endpoint: Some(coordinator.to_owned()),
+                endpoint: Some(self.relayed_by(peer.id).unwrap_or_else(|| coordinator.to_owned())),
                 rtt_ms: talk.agent.relay_rtt.map(ms),
                 since_s,
                 reason: Some(why_relayed(&self.nat, &talk.agent.theirs, name, talk.agent.attempt())),

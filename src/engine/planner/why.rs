@@ -18,7 +18,11 @@ impl Planner {
         let member = self.ledger.member(&peer.identity)?;
         let talk = peer.talk.as_deref();
         let facts = self.facts(id, now)?;
-        let said = facts.explain();
+        let mut said = facts.explain();
+        if let (Way::Relay, Some(by)) = (&facts.way, self.relayed_by(id)) {
+            said.because
+                .insert(0, format!("relayed by {by}, which relays for others: the only way now, or the shorter one"));
+        }
         let found = match facts.way {
             Way::Direct { found, before, .. } => Some(WhyFound {
                 how: how(found.how).to_owned(),

@@ -19,6 +19,7 @@ mod nat_reboots;
 mod node_restarts;
 mod path_narrows;
 mod peer_moves_behind_nat;
+mod peer_relay;
 mod public_and_nat;
 mod quiet_roam;
 mod quiet_spell;
@@ -53,6 +54,9 @@ named_runs! {
     node_restarts => node_restarts::run,
     path_narrows => path_narrows::run,
     peer_moves_behind_nat => peer_moves_behind_nat::run,
+    peer_relay_alone => peer_relay::alone,
+    peer_relay_longer => peer_relay::longer,
+    peer_relay_shorter => peer_relay::shorter,
     public_and_nat => public_and_nat::run,
     quiet_roam => quiet_roam::run,
     quiet_spell => quiet_spell::run,

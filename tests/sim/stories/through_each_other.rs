@@ -15,8 +15,8 @@ use crate::town::Town;
 use crate::world::World;
 
 /// So many nodes behind NATs of these kinds, the first of them the admin, all connected; and where more can be put.
-pub(super) fn town_of(story: &str, seed: u64, kinds: &[&str]) -> (Sim, Town, Vec<NodeRef>) {
-    let scenario = Scenario { seed, ..Scenario::default() };
+pub(super) fn town_of(story: &str, seed: u64, kinds: &[&str], relay_ms: u64) -> (Sim, Town, Vec<NodeRef>) {
+    let scenario = Scenario { seed, relay_ms, ..Scenario::default() };
     let mut world = World::new(Dice::new(seed).fork("world"), crate::aloud());
     let mut places = scenario.build(&mut world);
     let hosts: Vec<_> = kinds
@@ -29,7 +29,7 @@ pub(super) fn town_of(story: &str, seed: u64, kinds: &[&str]) -> (Sim, Town, Vec
         })
         .collect();
     let replay = format!("story={story} seed={seed}");
-    let mut sim = Sim::new(&replay, seed, world, places.server, Duration::from_millis(30));
+    let mut sim = Sim::new(&replay, seed, world, places.server, Duration::from_millis(relay_ms));
     let nodes: Vec<NodeRef> = hosts.iter().enumerate().map(|(i, host)| sim.add_node(&format!("n{i}"), *host)).collect();
     sim.start_server();
     for node in &nodes {
@@ -54,7 +54,7 @@ pub(super) fn all_direct(sim: &mut Sim, nodes: &[NodeRef]) {
 
 pub(crate) fn run(seed: u64) {
     let (mut sim, mut town, nodes) =
-        town_of("through_each_other", seed, &["public", "linux", "eim+apdf", "linux", "linux"]);
+        town_of("through_each_other", seed, &["public", "linux", "eim+apdf", "linux", "linux"], 30);
     all_direct(&mut sim, &nodes);
     let away = nodes[4];
     // The last one is off when an admin removes a node: it hears of that from peers only.

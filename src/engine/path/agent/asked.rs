@@ -89,7 +89,8 @@ impl PathAgent {
     /// When the agent wants to be ticked next.
     pub(crate) fn next_deadline(&self, last_tx: Option<Now>, now: Now) -> Option<Now> {
         let stage = match self.stage {
-            Stage::Idle => self.next_round.filter(|_| self.awake),
+            // A call that nobody answered may fail after a path was found without it.
+            Stage::Idle => self.next_round.filter(|_| self.awake && self.current.is_none()),
             // The planner ticks these when candidates are fresh.
             Stage::ToCall | Stage::ToAnswer { .. } => None,
             Stage::Called { next, .. } => Some(next),

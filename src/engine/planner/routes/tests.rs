@@ -94,6 +94,7 @@ impl Desk {
             resting: list(resting),
             draining: Vec::new(),
             lan: Vec::new(),
+            relay: false,
         };
         SignedAdvert::sign(&advert, &keys.identity.signing_key())
     }
