@@ -54,7 +54,9 @@ pub(crate) const CASES: &[(&str, Make)] = &[
     ("route-prefix-v4", || Box::new(Lookup::new(|n| behind(n).into(), BUSY))),
     ("route-prefix-v6", || Box::new(Lookup::new(|n| behind6(n).into(), BUSY))),
     ("route-everybody", || Box::new(Lookup::new(|n| ours(n).into(), PEERS))),
+    ("route-everybody-v6", || Box::new(Lookup::new(|n| ours6(n).into(), PEERS))),
     ("route-all-prefixes", || Box::new(Lookup::new(|n| behind(n).into(), PREFIXES))),
+    ("route-all-prefixes-v6", || Box::new(Lookup::new(|n| behind6(n).into(), PREFIXES))),
     ("classify", || Box::new(Classify::new())),
     ("relay-forward", || Box::new(Forward::new())),
 ];

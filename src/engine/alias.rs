@@ -81,14 +81,14 @@ impl Aliases {
             return destination;
         }
         let Some(seen) = look(packet) else { return destination };
-        let here = real.map_or(destination, |real| exchange(destination, *real));
+        let here = real.map_or(destination, |real| exchange(destination, real));
         match seen.quoted {
             None if seen.l4.is_some() => self.flows.set(incoming(&seen, here), real.is_none()),
             // The rest of a fragmented packet says nothing, and an error speaks of a packet that went the other way.
             None => {}
             Some(at) => {
                 let inner = packet.get(at..).and_then(look);
-                let of = inner.and_then(|inner| Some((inner.source, *self.to_real.longest(inner.source)?)));
+                let of = inner.and_then(|inner| Some((inner.source, self.to_real.longest(inner.source)?)));
                 if let Some((source, real)) = of {
                     renumber_quoted(packet, End::Source, exchange(source, real), false);
                 }
@@ -102,7 +102,7 @@ impl Aliases {
 
     /// A packet is about to go into the tunnel. `partial`: its checksum is not complete.
     pub fn leave(&self, packet: &mut [u8], source: IpAddr, partial: bool) {
-        let alias = self.to_alias.longest(source).copied();
+        let alias = self.to_alias.longest(source);
         // Errors may come from anywhere, also from this machine itself.
         let is_icmp = match packet.first().map(|first| first >> 4) {
             Some(4) => packet.get(9) == Some(&1),
@@ -114,7 +114,7 @@ impl Aliases {
         let Some(seen) = look(packet) else { return };
         let by_alias = match seen.quoted.and_then(|at| packet.get(at..)).and_then(look) {
             // It is about a packet that came in.
-            Some(inner) => match self.to_alias.longest(inner.destination).copied() {
+            Some(inner) => match self.to_alias.longest(inner.destination) {
                 Some(of) => {
                     let by_alias = !self.flows.holds(incoming(&inner, inner.destination));
                     if by_alias {

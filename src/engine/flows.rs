@@ -12,7 +12,7 @@ use ipnet::IpNet;
 use rustc_hash::{FxHashMap, FxHasher};
 
 use crate::engine::io::PeerId;
-use crate::engine::prefixes::Prefixes;
+use crate::engine::owners::Owners;
 use crate::time::Now;
 use crate::wire::ip;
 
@@ -32,7 +32,7 @@ const ICMPV6: u8 = 58;
 /// The flows, and who may keep them.
 #[derive(Debug, Default)]
 pub struct Flows {
-    keepers: Prefixes<Vec<PeerId>>,
+    keepers: Owners,
     by_peer: FxHashMap<PeerId, Vec<IpNet>>,
     /// Made when the first is remembered.
     places: Vec<Place>,
@@ -52,19 +52,10 @@ impl Flows {
     /// Makes `nets` the whole set of prefixes for which flows that began through this peer stay with it.
     pub fn set(&mut self, peer: PeerId, nets: Vec<IpNet>) {
         for net in self.by_peer.remove(&peer).unwrap_or_default() {
-            let left = self.keepers.get_mut(net).map(|keepers| {
-                keepers.retain(|keeper| *keeper != peer);
-                keepers.len()
-            });
-            if left == Some(0) {
-                self.keepers.remove(net);
-            }
+            self.keepers.remove(net, peer);
         }
         for net in &nets {
-            match self.keepers.get_mut(*net) {
-                Some(keepers) => keepers.push(peer),
-                None => drop(self.keepers.insert(*net, vec![peer])),
-            }
+            self.keepers.add(*net, peer);
         }
         if !nets.is_empty() {
             self.by_peer.insert(peer, nets);
@@ -84,7 +75,7 @@ impl Flows {
     pub fn way(&mut self, packet: &[u8], destination: IpAddr, asked: PeerId, now: Now) -> PeerId {
         let Some(keepers) = self.keepers.longest(destination) else { return asked };
         // Somebody who is asked for want of a better one, or for a longer prefix: nothing is kept from it.
-        if !keepers.contains(&asked) {
+        if !self.keepers.contains(keepers, asked) {
             return asked;
         }
         let Some(flow) = Flow::of(packet) else { return asked };
@@ -95,7 +86,7 @@ impl Flows {
         let set = &mut self.places[first..first + WAYS];
         if let Some(place) = set.iter_mut().find(|place| place.key == flow.key) {
             let over = flow.begins || (!flow.lasts && now.since(place.used) > SILENCE);
-            if over || !keepers.contains(&place.peer) {
+            if over || !self.keepers.contains(keepers, place.peer) {
                 place.peer = asked;
             }
             place.used = now;

@@ -22,6 +22,7 @@ pub mod io;
 pub mod names;
 pub mod netcheck;
 pub mod outbound;
+pub mod owners;
 pub mod packet;
 pub mod path;
 pub mod peer;

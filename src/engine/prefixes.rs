@@ -1,9 +1,10 @@
 //! Longest match: what belongs to the longest prefix that holds an address.
 //!
-//! The prefixes of a family are in one hash map, which is asked for each length in use, the longest first. Single addresses,
-//! the mesh's own, are in another, which is asked before: nearly all lookups end there. A network may use many lengths; which
-//! was the right one is kept for the addresses asked for lately. With 65,536 members and 10,000 prefixes a lookup takes
-//! 3 to 25 ns (`benches/`).
+//! The answers for the addresses asked for lately are kept, and asked for first: a packet's address was nearly always that of
+//! a packet a moment ago, and then one place of memory is looked at, however large the network and whatever the family.
+//!
+//! Behind it, the single addresses of a family (the mesh's own) are in one hash map, and its prefixes in another, which is
+//! asked for each length in use, the longest first. Figures are in `docs/performance.md`.
 
 use std::cell::Cell;
 use std::fmt;
@@ -13,10 +14,10 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
-/// Addresses whose prefix length is kept: a power of two.
-const KEPT: usize = 1024;
+/// Places for answers: a power of two, and many times the addresses that a busy node talks to, so that few share one.
+const KEPT: usize = 4096;
 
-/// Prefix → value.
+/// Prefix → value. Values are small and handed out by copy.
 #[derive(Debug)]
 pub struct Prefixes<T> {
     v4: Table<u32, T>,
@@ -30,7 +31,7 @@ impl<T> Default for Prefixes<T> {
     }
 }
 
-impl<T> Prefixes<T> {
+impl<T: Copy> Prefixes<T> {
     /// Sets the value of a prefix whose host bits are zero. Returns the one it had.
     pub fn insert(&mut self, net: IpNet, value: T) -> Option<T> {
         match net {
@@ -48,23 +49,25 @@ impl<T> Prefixes<T> {
     }
 
     /// The value of exactly this prefix, whose host bits are zero.
-    pub fn get_mut(&mut self, net: IpNet) -> Option<&mut T> {
+    #[must_use]
+    pub fn get(&self, net: IpNet) -> Option<T> {
         match net {
-            IpNet::V4(net) => self.v4.get_mut(net.addr().to_bits(), net.prefix_len()),
-            IpNet::V6(net) => self.v6.get_mut(net.addr().to_bits(), net.prefix_len()),
+            IpNet::V4(net) => self.v4.get(net.addr().to_bits(), net.prefix_len()),
+            IpNet::V6(net) => self.v6.get(net.addr().to_bits(), net.prefix_len()),
         }
     }
 
     /// In this range only single addresses count, whatever prefixes it lies in.
     pub fn reserve(&mut self, range: IpNet) {
         self.reserved.push(range);
-        self.v4.nets_change();
-        self.v6.nets_change();
+        self.v4.forget();
+        self.v6.forget();
     }
 
     /// The value of the longest prefix that holds `ip`.
+    #[inline]
     #[must_use]
-    pub fn longest(&self, ip: IpAddr) -> Option<&T> {
+    pub fn longest(&self, ip: IpAddr) -> Option<T> {
         let free = || !self.reserved.iter().any(|range| range.contains(&ip));
         match ip {
             IpAddr::V4(ip) => self.v4.longest(ip.to_bits(), free),
@@ -102,20 +105,25 @@ struct Table<A, T> {
     nets: FxHashMap<(A, u8), T>,
     /// The lengths in `nets`, the longest first, and how many prefixes have each.
     lengths: Vec<(u8, usize)>,
-    /// Empty while there are no nets.
-    kept: Box<[Cell<Kept<A>>]>,
-    /// Counts changes of `nets`; what is kept from before one is void.
+    /// Empty while there is nothing to answer.
+    kept: Box<[Cell<Kept<A, T>>]>,
+    /// Counts changes; what is kept from before one is void.
     change: u64,
 }
 
-/// Which prefix holds an address.
-#[derive(Debug, Clone, Copy, Default)]
-struct Kept<A> {
+/// What the answer for an address was.
+#[derive(Debug, Clone, Copy)]
+struct Kept<A, T> {
     ip: A,
-    /// None: none does.
-    len: Option<u8>,
+    value: Option<T>,
     /// See [`Table::change`]; 0: nothing is kept here.
     at: u64,
+}
+
+impl<A: Default, T> Default for Kept<A, T> {
+    fn default() -> Self {
+        Self { ip: A::default(), value: None, at: 0 }
+    }
 }
 
 impl<A: fmt::Debug, T: fmt::Debug> fmt::Debug for Table<A, T> {
@@ -136,8 +144,12 @@ impl<A, T> Default for Table<A, T> {
     }
 }
 
-impl<A: Bits, T> Table<A, T> {
+impl<A: Bits, T: Copy> Table<A, T> {
     fn insert(&mut self, ip: A, len: u8, value: T) -> Option<T> {
+        if self.kept.is_empty() {
+            self.kept = std::iter::repeat_with(Cell::default).take(KEPT).collect();
+        }
+        self.forget();
         if len == A::LEN {
             return self.hosts.insert(ip, value);
         }
@@ -147,15 +159,12 @@ impl<A: Bits, T> Table<A, T> {
                 Ok(at) => self.lengths[at].1 += 1,
                 Err(at) => self.lengths.insert(at, (len, 1)),
             }
-            if self.kept.is_empty() {
-                self.kept = std::iter::repeat_with(Cell::default).take(KEPT).collect();
-            }
-            self.nets_change();
         }
         before
     }
 
     fn remove(&mut self, ip: A, len: u8) -> Option<T> {
+        self.forget();
         if len == A::LEN {
             return self.hosts.remove(&ip);
         }
@@ -166,35 +175,37 @@ impl<A: Bits, T> Table<A, T> {
                 self.lengths.remove(at);
             }
         }
-        self.nets_change();
         Some(removed)
     }
 
-    fn get_mut(&mut self, ip: A, len: u8) -> Option<&mut T> {
-        if len == A::LEN { self.hosts.get_mut(&ip) } else { self.nets.get_mut(&(ip, len)) }
+    fn get(&self, ip: A, len: u8) -> Option<T> {
+        if len == A::LEN { self.hosts.get(&ip) } else { self.nets.get(&(ip, len)) }.copied()
     }
 
-    const fn nets_change(&mut self) {
+    /// What is kept is void.
+    const fn forget(&mut self) {
         self.change += 1;
     }
 
-    fn longest(&self, ip: A, free: impl Fn() -> bool) -> Option<&T> {
-        if let Some(value) = self.hosts.get(&ip) {
-            return Some(value);
-        }
-        if self.lengths.is_empty() {
-            return None;
-        }
+    #[inline]
+    fn longest(&self, ip: A, free: impl Fn() -> bool) -> Option<T> {
         #[expect(clippy::cast_possible_truncation, reason = "any bits will do")]
         let place = FxBuildHasher.hash_one(ip) as usize % KEPT;
         let kept = self.kept.get(place)?;
-        let Kept { ip: asked, len, at } = kept.get();
+        let Kept { ip: asked, value, at } = kept.get();
         if asked == ip && at == self.change {
-            return self.nets.get(&(ip.first(len?), len?));
+            return value;
+        }
+        let value = self.search(ip, free);
+        kept.set(Kept { ip, value, at: self.change });
+        value
+    }
+
+    fn search(&self, ip: A, free: impl Fn() -> bool) -> Option<T> {
+        if let Some(value) = self.hosts.get(&ip) {
+            return Some(*value);
         }
         let mut lengths = self.lengths.iter().map(|(len, _)| *len);
-        let found = lengths.find_map(|len| Some((len, self.nets.get(&(ip.first(len), len))?))).filter(|_| free());
-        kept.set(Kept { ip, len: found.map(|(len, _)| len), at: self.change });
-        found.map(|(_, value)| value)
+        lengths.find_map(|len| self.nets.get(&(ip.first(len), len))).copied().filter(|_| free())
     }
 }

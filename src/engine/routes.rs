@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use rustc_hash::FxHashMap;
 
 use crate::engine::io::PeerId;
+use crate::engine::owners::Owners;
 use crate::engine::prefixes::Prefixes;
 
 /// Prefix → peer.
@@ -55,16 +56,17 @@ impl Routes {
     }
 
     /// The owner of the longest prefix that holds `ip`.
+    #[inline]
     #[must_use]
     pub fn lookup(&self, ip: IpAddr) -> Option<PeerId> {
-        self.owners.longest(ip).copied()
+        self.owners.longest(ip)
     }
 }
 
 /// Prefix → the peers that may send from it.
 #[derive(Debug, Default)]
 pub struct Sources {
-    owners: Prefixes<Owners>,
+    owners: Owners,
     by_peer: FxHashMap<PeerId, Vec<IpNet>>,
 }
 
@@ -74,9 +76,10 @@ impl Sources {
         self.remove_peer(peer);
         for net in &nets {
             let net = net.trunc();
-            match self.owners.get_mut(net) {
-                Some(owners) if net.prefix_len() < net.max_prefix_len() => owners.add(peer),
-                Some(_) | None => drop(self.owners.insert(net, Owners::One(peer))),
+            if net.prefix_len() < net.max_prefix_len() {
+                self.owners.add(net, peer);
+            } else {
+                self.owners.give(net, peer);
             }
         }
         self.by_peer.insert(peer, nets);
@@ -85,10 +88,7 @@ impl Sources {
     /// Takes everything from a peer.
     pub fn remove_peer(&mut self, peer: PeerId) {
         for net in self.by_peer.remove(&peer).unwrap_or_default() {
-            let net = net.trunc();
-            if self.owners.get_mut(net).is_some_and(|owners| owners.is_empty_without(peer)) {
-                self.owners.remove(net);
-            }
+            self.owners.remove(net.trunc(), peer);
         }
     }
 
@@ -98,44 +98,10 @@ impl Sources {
     }
 
     /// True if the longest prefix that holds `ip` is one that this peer may send from.
+    #[inline]
     #[must_use]
     pub fn admits(&self, ip: IpAddr, peer: PeerId) -> bool {
-        self.owners.longest(ip).is_some_and(|owners| owners.contains(&peer))
-    }
-}
-
-/// Who may send from a prefix: nearly always one, and there are many prefixes.
-#[derive(Debug)]
-enum Owners {
-    One(PeerId),
-    Several(Vec<PeerId>),
-}
-
-impl Owners {
-    fn as_slice(&self) -> &[PeerId] {
-        match self {
-            Self::One(peer) => std::slice::from_ref(peer),
-            Self::Several(peers) => peers,
-        }
-    }
-
-    fn contains(&self, peer: &PeerId) -> bool {
-        self.as_slice().contains(peer)
-    }
-
-    fn add(&mut self, peer: PeerId) {
-        *self = Self::Several([self.as_slice(), &[peer]].concat());
-    }
-
-    /// Takes a peer out; true: nobody is left.
-    fn is_empty_without(&mut self, peer: PeerId) -> bool {
-        match self {
-            Self::One(one) => *one == peer,
-            Self::Several(peers) => {
-                peers.retain(|owner| *owner != peer);
-                peers.is_empty()
-            }
-        }
+        self.owners.longest(ip).is_some_and(|owner| self.owners.contains(owner, peer))
     }
 }
 
@@ -223,9 +189,40 @@ mod tests {
                         oracle.remove_peer(PeerId(peer));
                     }
                 }
-                for ip in &probes {
+                // The second time it is what was kept from the first.
+                for ip in probes.iter().chain(&probes) {
                     prop_assert_eq!(routes.lookup(*ip), oracle.lookup(*ip));
                 }
+            }
+        }
+
+        #[test]
+        fn who_may_send_agrees_with_a_linear_search(
+            steps in proptest::collection::vec((0u32..5, proptest::collection::vec(net(), 0..6)), 1..30),
+            probes in proptest::collection::vec(address(), 20),
+        ) {
+            let mut sources = Sources::default();
+            let mut all: Vec<(IpNet, PeerId)> = Vec::new();
+            for (peer, nets) in steps {
+                let peer = PeerId(peer);
+                sources.set(peer, nets.clone());
+                all.retain(|(_, owner)| *owner != peer);
+                for net in nets {
+                    // A single address has one owner.
+                    all.retain(|(known, _)| *known != net.trunc() || net.prefix_len() < net.max_prefix_len());
+                    all.push((net.trunc(), peer));
+                }
+                for ip in probes.iter().chain(&probes) {
+                    let longest = all.iter().filter(|(net, _)| net.contains(ip)).map(|(net, _)| net.prefix_len()).max();
+                    for peer in (0..5).map(PeerId) {
+                        let may = all.iter().any(|(net, owner)| {
+                            *owner == peer && net.contains(ip) && Some(net.prefix_len()) == longest
+                        });
+                        prop_assert_eq!(sources.admits(*ip, peer), may, "{} by {:?}", ip, peer);
+                    }
+                }
+                let (used, made) = sources.owners.lists();
+                prop_assert_eq!(used, made);
             }
         }
     }
