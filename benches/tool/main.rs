@@ -2,8 +2,11 @@
 //!
 //! ```text
 //! bench-tool pipe NAME LOCAL REMOTE [--no-offload]   a tunnel without encryption or bookkeeping: the yardstick
+//! bench-tool session NAME LOCAL SECRET PUBLIC REMOTE meshd's sessions without its daemon, for another WireGuard
 //! bench-tool echo ADDRESS                            answers every datagram
 //! bench-tool ask ADDRESS SECONDS                     round trips by UDP, one at a time: JSON with microseconds
+//! bench-tool drain ADDRESS                           takes what is poured
+//! bench-tool pour ADDRESS BYTES RATE SECONDS         sends so many datagrams a second: JSON with what became of them
 //! bench-tool gaps ADDRESS SECONDS                    asks every 10 ms: JSON with the longest time without an answer
 //! ```
 //!
@@ -14,7 +17,9 @@
 
 #![allow(clippy::disallowed_methods, clippy::disallowed_types, clippy::print_stdout)]
 
-use std::io::{self, IoSlice};
+mod session;
+
+use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
@@ -23,7 +28,9 @@ use anyhow::{Context as _, Result, bail};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg, setsockopt, sockopt};
+use nix::sys::socket::{
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recv, recvmsg, sendmsg, sendto, setsockopt, sockopt,
+};
 use nix::unistd::{read, write};
 use tun_rs::{DeviceBuilder, SyncDevice};
 
@@ -49,11 +56,20 @@ fn main() -> Result<()> {
             };
             Pipe::open(name, local.parse()?, remote.parse()?, offload)?.run()
         }
+        ["session", name, local, secret, public, remote] => {
+            session::End::open(name, local, secret, public, remote)?.run()
+        }
         ["echo", address] => echo(address.parse()?),
         ["ask", address, seconds] => ask(address.parse()?, Duration::from_secs_f64(seconds.parse()?)),
+        ["drain", address] => drain(address.parse()?),
+        ["pour", address, bytes, rate, seconds] => {
+            pour(address.parse()?, bytes.parse()?, rate.parse()?, Duration::from_secs_f64(seconds.parse()?))
+        }
         ["gaps", address, seconds] => gaps(address.parse()?, Duration::from_secs_f64(seconds.parse()?)),
         _ => bail!(
-            "usage: bench-tool pipe NAME LOCAL REMOTE [--no-offload] | echo ADDRESS | ask ADDRESS SECONDS | gaps ADDRESS SECONDS"
+            "usage: bench-tool pipe NAME LOCAL REMOTE [--no-offload] \
+             | session NAME LOCAL SECRET PUBLIC REMOTE | echo ADDRESS | ask ADDRESS SECONDS | drain ADDRESS \
+             | pour ADDRESS BYTES RATE SECONDS | gaps ADDRESS SECONDS"
         ),
     }
 }
@@ -161,6 +177,89 @@ fn connect(address: SocketAddr) -> Result<UdpSocket> {
     let socket = UdpSocket::bind(any)?;
     socket.connect(address)?;
     Ok(socket)
+}
+
+/// A datagram of this many bytes asks what came since the last question.
+const QUESTION: usize = 8;
+
+/// Counts what comes. To a question it answers with how many datagrams came and how many of them found this socket's buffer
+/// full, which no tunnel can help. The kernel tells the latter with a datagram that came after.
+fn drain(address: SocketAddr) -> Result<()> {
+    let socket = UdpSocket::bind(address)?;
+    setsockopt(&socket, sockopt::RxqOvfl, &1)?;
+    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+        setsockopt(&socket, sockopt::RcvBuf, &BUFFER)?;
+    }
+    let (mut came, mut full, mut buffer) = (0u64, 0u32, vec![0; 1 << 16]);
+    let mut space = nix::cmsg_space!([u32; 4]);
+    loop {
+        let mut into = [IoSliceMut::new(&mut buffer)];
+        let got = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut into, Some(&mut space), MsgFlags::empty())?;
+        if let Some(ControlMessageOwned::RxqOvfl(now)) =
+            got.cmsgs()?.find(|message| matches!(message, ControlMessageOwned::RxqOvfl(_)))
+        {
+            full = now;
+        }
+        if got.bytes != QUESTION {
+            came += 1;
+            continue;
+        }
+        let answer = format!("{came} {full}");
+        let Some(from) = got.address else { continue };
+        // An asker that is gone.
+        let _ = sendto(socket.as_raw_fd(), answer.as_bytes(), &from, MsgFlags::empty());
+    }
+}
+
+/// What a drain says: datagrams that came, and that found its buffer full, since it started.
+fn ask_drain(socket: &UdpSocket) -> Result<(u64, u64)> {
+    socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+    let mut answer = [0; 64];
+    for _ in 0..20 {
+        socket.send(&[0; QUESTION])?;
+        let Ok(len) = socket.recv(&mut answer) else { continue };
+        let text = std::str::from_utf8(&answer[..len])?;
+        let (came, full) = text.split_once(' ').context("the drain's answer")?;
+        return Ok((came.parse()?, full.parse()?));
+    }
+    bail!("the drain does not answer")
+}
+
+/// The longest time whose datagrams are sent at once, after the system let others run. What was missed before is not made
+/// up for: how large a burst a program sends after a pause says nothing of the tunnel.
+const CATCH_UP: Duration = Duration::from_millis(4);
+/// A pause between two looks at the clock.
+const BREATH: Duration = Duration::from_micros(200);
+
+fn pour(address: SocketAddr, bytes: usize, rate: f64, time: Duration) -> Result<()> {
+    let socket = connect(address)?;
+    let packet = vec![7; bytes.max(QUESTION + 1)];
+    let before = ask_drain(&socket)?;
+    let start = Instant::now();
+    let (mut done, mut sent, mut due) = (Duration::ZERO, 0u64, 0.0);
+    while done < time {
+        let now = start.elapsed();
+        due += (now - done).min(CATCH_UP).as_secs_f64() * rate;
+        done = now;
+        while due >= 1.0 {
+            socket.send(&packet)?;
+            sent += 1;
+            due -= 1.0;
+        }
+        std::thread::sleep(BREATH);
+    }
+    let took = start.elapsed().as_secs_f64();
+    // What is still on its way.
+    std::thread::sleep(Duration::from_millis(300));
+    let after = ask_drain(&socket)?;
+    let (came, full) = (after.0 - before.0, after.1 - before.1);
+    #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
+    let sent_rate = sent as f64 / took;
+    println!(
+        "{{\"sent\":{sent},\"came\":{came},\"receiver_full\":{full},\"lost\":{},\"rate\":{sent_rate:.0}}}",
+        sent.saturating_sub(came + full)
+    );
+    Ok(())
 }
 
 /// How often a question is asked to find gaps.
