@@ -18,8 +18,10 @@ use std::time::{Duration, Instant};
 
 use meshd::link::{self, Target};
 use meshd::os::clock::wall;
-use meshd::os::segments::{BATCH, Buffers, Receiver, SegmentSocket};
+use meshd::os::server_socket::ServerSocket;
+use meshd::os::train::{BATCH, Buffers, Receiver, Sender};
 use meshd::server::{Config, RelayLimits, Server, Tls};
+use meshd::time::Now;
 use meshd::trust::founding::{self, Terms};
 use meshd::trust::keys::{NodeKeys, Secret32};
 use meshd::trust::record::member_ipv6;
@@ -100,7 +102,7 @@ struct Member {
     keys: SessionKeys,
     session: u32,
     name: Name,
-    socket: Arc<SegmentSocket>,
+    socket: Arc<ServerSocket>,
     counter: Arc<AtomicU64>,
 }
 
@@ -156,7 +158,7 @@ impl Member {
                 _ => {}
             }
         };
-        let socket = Arc::new(SegmentSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap());
+        let socket = Arc::new(ServerSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap());
         let name = Name::of(&keys.wg_key());
         let member = Self { keys: secret.keys(), session, name, socket, counter: Arc::default() };
         member.send(server.stun()[0], Kind::Ping, Wish::DeliverHere.name(), &mut [0; HEADER + 8], HEADER + 8);
@@ -170,7 +172,8 @@ impl Member {
             self.keys.up.seal(&Header { kind, counter, session: self.session, name }, datagram);
         }
         // What does not fit into the kernel's buffer is lost; the forwarder's work is what counts.
-        let _ = self.socket.send(to, LOCALHOST, &[IoSlice::new(bytes)], segment);
+        let mut way = self.socket.way(to, LOCALHOST);
+        Sender::new(true).send(&mut way, to, &[IoSlice::new(bytes)], segment, Now(1));
     }
 }
 
@@ -197,7 +200,7 @@ fn measure_relay(bench: &Bench, segment: usize, run: usize) -> f64 {
 }
 
 fn measure_plain(bench: &Bench, segment: usize, run: usize) -> f64 {
-    let socket = SegmentSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let socket = ServerSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let (at, sink) = (socket.bound(), bench.bulk.socket.bound());
     let stop = Arc::new(AtomicBool::new(false));
     let stopping = Arc::clone(&stop);
@@ -205,15 +208,17 @@ fn measure_plain(bench: &Bench, segment: usize, run: usize) -> f64 {
         pin(0);
         let (mut receiver, mut buffers, mut packets) = (Receiver::default(), Buffers::new(BATCH), 0);
         let free: Vec<usize> = (0..BATCH).collect();
+        let mut sender = Sender::new(true);
         while !stopping.load(Ordering::Relaxed) {
             let _ = poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLIN)], PollTimeout::from(50u16));
-            if socket.recv(&mut receiver, &mut buffers, &free).is_err() {
+            if socket.receive(&mut receiver, &mut buffers, &free).is_err() {
                 continue;
             }
             for run in receiver.runs() {
                 let parts = [IoSlice::new(&buffers.get(run.buffer)[..run.len])];
-                if socket.send(sink, LOCALHOST, &parts, run.segment).is_ok() {
-                    packets += run.len.div_ceil(run.segment) as u64;
+                let sent = sender.send(&mut socket.way(sink, LOCALHOST), sink, &parts, run.size, Now(1));
+                if sent.failed == 0 {
+                    packets += sent.sent as u64;
                 }
             }
         }
@@ -257,7 +262,7 @@ fn round_trips(bench: &Bench) -> (Duration, Duration) {
         loop {
             let ready = poll(&mut [PollFd::new(member.socket.as_fd(), PollFlags::POLLIN)], PollTimeout::from(1_000u16));
             assert_eq!(ready, Ok(1), "nothing came back within a second");
-            if member.socket.recv(&mut receiver, &mut buffers, &free).is_ok()
+            if member.socket.receive(&mut receiver, &mut buffers, &free).is_ok()
                 && receiver.runs().iter().any(|run| buffers.get(run.buffer)[1] == wanted.byte())
             {
                 return;

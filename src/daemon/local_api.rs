@@ -18,6 +18,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::daemon::control_link::ControlHandle;
 use crate::daemon::health::Health;
+use crate::daemon::kernel_queues::KernelQueues;
 use crate::daemon::planner_task::PlannerHandle;
 use crate::daemon::portmap::PortMapHandle;
 use crate::daemon::relay_thread::RelayHandle;
@@ -132,6 +133,7 @@ pub(super) struct Api {
     pub(super) health: Health,
     pub(super) drops: Arc<Drops>,
     pub(super) counters: Arc<Counters>,
+    pub(super) queues: KernelQueues,
     pub(super) stopper: Stopper,
     pub(super) settings: SettingsDesk,
     /// Routes that something on this machine goes before, and what.
@@ -161,6 +163,7 @@ pub(super) struct Parts {
     pub(super) health: Health,
     pub(super) drops: Arc<Drops>,
     pub(super) counters: Arc<Counters>,
+    pub(super) queues: KernelQueues,
     pub(super) stopper: Stopper,
     pub(super) settings: SettingsDesk,
     pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, Overlap>>,
@@ -182,6 +185,7 @@ impl Api {
             health,
             drops,
             counters,
+            queues,
             stopper,
             settings,
             shadowed,
@@ -202,6 +206,7 @@ impl Api {
             health,
             drops,
             counters,
+            queues,
             stopper,
             settings,
             shadowed,
@@ -398,6 +403,7 @@ impl Api {
                 out.write(&Response::DnsChanged(changes)).await?;
             }
             Call::Drops => {
+                self.queues.note(&self.drops).await;
                 let counts = Drop::ALL.iter().map(|why| DropCount {
                     reason: why.name().to_owned(),
                     packets: self.drops.get(*why),

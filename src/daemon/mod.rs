@@ -23,6 +23,7 @@ pub mod footprint;
 mod health;
 mod hooks;
 pub mod join;
+mod kernel_queues;
 mod links;
 mod local_api;
 mod names;

@@ -27,6 +27,7 @@ use crate::daemon::footprint::{self, Journal};
 use crate::daemon::health::Health;
 use crate::daemon::hooks;
 use crate::daemon::join::{self, Membership, Wish};
+use crate::daemon::kernel_queues::KernelQueues;
 use crate::daemon::links::{Bells, Coordinator};
 use crate::daemon::local_api::{Api, Parts, Socket};
 use crate::daemon::names;
@@ -310,6 +311,8 @@ impl Node {
             nudge: carrier_nudge,
         };
 
+        let queues = KernelQueues { interface: own, sockets: Arc::clone(&sockets) };
+
         // The data thread; when it ends by itself, so does the daemon.
         let data_stop = Arc::new(AtomicBool::new(false));
         let notices = Notices::new(slow, facts, Arc::clone(&drops));
@@ -466,6 +469,7 @@ impl Node {
             health,
             drops,
             counters,
+            queues,
             stopper: stopper.clone(),
             settings,
             shadowed,

@@ -1,7 +1,7 @@
 //! Where the packet machines write: memory handed out before anything is sealed or opened, sent after every lock is
 //! released. Sealed datagrams of one size to one peer leave as a train, opened packets of one flow as a superpacket.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,9 +17,9 @@ use crate::engine::io::{Notice, PeerId, SocketId, Via};
 use crate::engine::packet::{Destination, InboundSink, OutboundSink};
 use crate::engine::steer::Steering;
 use crate::os::streams::Streams;
-use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS};
+use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS, SendError, Sender};
 use crate::os::tun::{FromKernel, Tun};
-use crate::os::udp::{Outgoing, PIECES, SendError, Sender, UdpSockets};
+use crate::os::udp::{Outgoing, UdpSockets};
 use crate::time::Now;
 use crate::wire::keys::WgKey;
 use crate::wire::offload::Merger;
@@ -125,8 +125,8 @@ impl Outbox {
         let (offload, steering) = (tun.offload(), Steering::new(tun.queues().len()));
         Self {
             tun,
+            sender: sockets.sender(),
             sockets,
-            sender: Sender::default(),
             relay,
             streams,
             notices,
@@ -255,7 +255,8 @@ impl Outbox {
             (writes, written, joined) = (writes + 1, written + packets, joined + usize::from(packets > 1));
             let queue = steering.queue(&memory[pieces.first()], *now);
             if let Err(why) = tun.send(queue, offload, memory, pieces) {
-                drops.add(Drop::TunRefused, packets as u64);
+                let name = if why.is_full() { Drop::TunFull } else { Drop::TunRefused };
+                drops.add(name, packets as u64);
                 tracing::trace!(%why, packets, "the kernel refused a packet");
             }
         });
@@ -308,7 +309,7 @@ impl Outbox {
         let bytes = &self.datagrams.bytes;
         let size = self.waiting[first].place.len();
         let mut place = self.waiting[first].place.clone();
-        let (mut pieces, mut used) = ([&[][..]; PIECES], 0);
+        let (mut pieces, mut used) = ([IoSlice::new(&[]); MAX_DATAGRAMS], 0);
         let (mut datagrams, mut total) = (1, size);
         let to = Destination::Udp { socket, remote };
         for next in self.waiting.iter_mut().skip(first + 1).take(LOOK_AHEAD) {
@@ -322,10 +323,10 @@ impl Outbox {
             }
             if next.place.start == place.end {
                 place.end = next.place.end;
-            } else if used + 1 == PIECES {
+            } else if used + 1 == MAX_DATAGRAMS {
                 break;
             } else {
-                pieces[used] = &bytes[place];
+                pieces[used] = IoSlice::new(&bytes[place]);
                 used += 1;
                 place = next.place.clone();
             }
@@ -336,16 +337,17 @@ impl Outbox {
                 break;
             }
         }
-        pieces[used] = &bytes[place];
+        pieces[used] = IoSlice::new(&bytes[place]);
         let train = Outgoing { socket, remote, ecn, size, pieces: &pieces[..=used] };
-        let result = self.sender.send(&self.sockets, &train, self.now);
+        let result = self.sockets.send_train(&mut self.sender, &train, self.now);
         self.counters.add(Counter::UdpOutSends, 1);
         self.counters.add(Counter::UdpOutDatagrams, result.sent);
         self.counters.add(Counter::UdpOutTrains, usize::from(result.as_train));
         self.counters.add(Counter::UdpOutUncoupled, usize::from(!result.as_train && datagrams > 1));
+        self.counters.add(Counter::UdpOutWaits, usize::from(result.waited));
         self.counters.add(Counter::UdpOutBytes, total);
         if let Some(why) = result.error {
-            self.drops.add(Drop::SendFailed, result.failed as u64);
+            self.drops.add(refused(why), result.failed as u64);
             tracing::trace!(%why, datagrams = result.failed, "datagrams were not sent");
             if why == SendError::TooBig {
                 self.untold.push(Notice::TooLong { via: Via::Udp { socket, remote }, len: size });
@@ -364,6 +366,15 @@ impl Outbox {
     /// Tries again to tell the planner what it had no room for. True: nothing is left.
     pub(super) fn retry_notices(&mut self) -> bool {
         self.notices.retry()
+    }
+}
+
+/// What it is called that a datagram was not sent.
+pub(super) const fn refused(why: SendError) -> Drop {
+    match why {
+        SendError::Full => Drop::SendBufferFull,
+        SendError::TooBig => Drop::TooBig,
+        SendError::Unreachable | SendError::Refused(_) => Drop::SendFailed,
     }
 }
 

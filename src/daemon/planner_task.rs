@@ -13,6 +13,7 @@ use tokio::sync::{Notify, broadcast, mpsc, oneshot, watch};
 
 use crate::daemon::control_link::ControlHandle;
 use crate::daemon::health::Health;
+use crate::daemon::outbox::refused;
 use crate::daemon::relay_thread::RelayHandle;
 use crate::daemon::tcp::TcpHandle;
 use crate::engine::drops::{Drop, Drops};
@@ -20,7 +21,8 @@ use crate::engine::io::{Event, Input, Notice, Output, Path, RoutePlan, SocketId,
 use crate::engine::planner::{Planner, Worked};
 use crate::os::clock::{self, Alarm};
 use crate::os::extra::Opened;
-use crate::os::udp::{SendError, UdpSockets};
+use crate::os::train::SendError;
+use crate::os::udp::UdpSockets;
 use crate::os::wake::Wake;
 use crate::time::Now;
 use crate::trust::advert::SignedAdvert;
@@ -295,7 +297,7 @@ impl Driver {
             Err(SendError::TooBig) => {
                 self.w.planner.handle(Input::Notice(Notice::TooLong { via, len }), clock::now());
             }
-            Err(SendError::Full | SendError::Refused(_)) => self.w.drops.count(Drop::SendFailed),
+            Err(why @ (SendError::Full | SendError::Refused(_))) => self.w.drops.count(refused(why)),
         }
     }
 

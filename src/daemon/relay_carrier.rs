@@ -16,7 +16,8 @@ use crate::engine::carrier::{Carrier, Carries, MAX_ADDRESSES, Output};
 use crate::engine::io::{Input, SocketId};
 use crate::link::Endpoint;
 use crate::os::clock;
-use crate::os::udp::{SendError, UdpSockets};
+use crate::os::train::SendError;
+use crate::os::udp::UdpSockets;
 use crate::wire::control::{StunServer, ToCoordinator, ToNode};
 
 /// The request number of our question for a session: far from the planner's and from the link's own pings.

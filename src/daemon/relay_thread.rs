@@ -14,12 +14,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::daemon::links::{Backoff, Bells, Coordinator};
+use crate::daemon::outbox::refused;
 use crate::daemon::relay_carrier::RelayCarrier;
 use crate::engine::drops::{Drop, Drops};
 use crate::engine::io::{Input, SocketId};
 use crate::link::{LinkError, RelayLink, close, connect_relay};
 use crate::os::clock;
-use crate::os::udp::{SendError, UdpSockets};
+use crate::os::train::SendError;
+use crate::os::udp::UdpSockets;
 use crate::os::wake::Wake;
 use crate::wire::keys::WgKey;
 use crate::wire::local::Problem;
@@ -107,7 +109,7 @@ impl RelayHandle {
                 false
             }
             Err(why) => {
-                self.drops.count(Drop::SendFailed);
+                self.drops.count(refused(why));
                 tracing::trace!(%why, "a relay datagram was not sent");
                 true
             }

@@ -24,7 +24,7 @@ use crate::engine::outbound::Outbound;
 use crate::engine::packet::{Arrival, FromTun, MIN_ROOM, OutboundSink};
 use crate::os::clock;
 use crate::os::streams::{Arrived, End};
-use crate::os::train::{Receiver as Trains, Train};
+use crate::os::train::{Train, Trains};
 use crate::os::tun::{FromKernel, QUEUES};
 use crate::os::udp::UdpSockets;
 use crate::os::wake::Wake;

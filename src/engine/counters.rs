@@ -32,6 +32,8 @@ named! {
     UdpOutTrains = "udp-out-trains",
     /// Trains that went one datagram at a time, because the way takes none or the offload is off.
     UdpOutUncoupled = "udp-out-uncoupled",
+    /// Sends that found the kernel's buffer full and waited for room.
+    UdpOutWaits = "udp-out-waits",
     /// Bytes of datagrams handed to the kernel.
     UdpOutBytes = "udp-out-bytes",
     /// Datagrams and trains of datagrams taken from the kernel.

@@ -27,10 +27,16 @@ named! {
     RelayBusy = "relay-busy",
     /// Outbound: the socket refused the datagram.
     SendFailed = "send-failed",
+    /// Outbound: the kernel's buffer for datagrams to send stayed full, or the kernel had no memory.
+    SendBufferFull = "send-buffer-full",
     /// Outbound: more waits in the TCP connection to the peer than it may hold, or it is gone; newest dropped.
     StreamFull = "stream-full",
     /// Inbound: a TCP connection of a stranger that was one too many, took too long, or sent something else than a path probe.
     StreamRefused = "stream-refused",
+    /// Outbound: the kernel's queue to this program was full. Counted by the interface, where the kernel tells.
+    TunQueueFull = "tun-queue-full",
+    /// Inbound: the kernel's buffer of datagrams that came was full. Counted by the sockets, where the kernel tells.
+    UdpQueueFull = "udp-queue-full",
     /// Inbound: the first bytes are those of no protocol that meshd speaks.
     Junk = "junk",
     /// Inbound: the queue of handshakes and probes to the planner is full; newest dropped.
@@ -81,6 +87,8 @@ named! {
     PeerRelayBusy = "peer-relay-busy",
     /// Inbound: the TUN device refused the packet.
     TunRefused = "tun-refused",
+    /// Inbound: the kernel had no room for the packet.
+    TunFull = "tun-full",
     /// Inbound: the queue from the relay is full; newest dropped.
     RelayInboundFull = "relay-inbound-full",
     /// Inbound: a relay datagram that is malformed, or of no session of this node.
@@ -118,6 +126,11 @@ impl Drops {
     /// Counts `n` drops.
     pub fn add(&self, why: Drop, n: u64) {
         self.counts[why as usize].fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// Says how often something happened that somebody else counts.
+    pub fn set(&self, why: Drop, n: u64) {
+        self.counts[why as usize].store(n, Ordering::Relaxed);
     }
 
     /// How often this happened.

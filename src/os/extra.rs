@@ -98,7 +98,7 @@ impl ExtraSockets {
     /// From now on this socket carries data, so it gets the kernel buffers for it.
     pub fn carries_data(&self, socket: SocketId) {
         if let Some(socket) = self.get(socket) {
-            udp::enlarge_buffers(&*socket);
+            train::enlarge_buffers(&*socket, udp::BUFFER);
         }
     }
 
@@ -123,8 +123,6 @@ impl ExtraSockets {
 
 #[cfg(test)]
 mod tests {
-    use std::io::IoSlice;
-
     use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
     use super::*;
@@ -183,7 +181,7 @@ mod tests {
         for id in &ids {
             sender.send_to(b"hello", (Ipv4Addr::LOCALHOST, port(&extra, *id))).unwrap();
         }
-        let (mut heard, mut receiver) = (Vec::new(), train::Receiver::default());
+        let (mut heard, mut receiver) = (Vec::new(), train::Trains::default());
         while heard.len() < ids.len() {
             assert!(readable(&extra, 5_000));
             let mut ready = Vec::new();
@@ -208,7 +206,9 @@ mod tests {
         UdpSocket::bind((Ipv4Addr::UNSPECIFIED, lost)).expect("its port is free again");
         extra.carries_data(*winner);
         let to = sender.local_addr().unwrap();
-        train::send(extra.get(*winner).unwrap().as_fd(), &to, 0, &[IoSlice::new(b"data")], None).unwrap();
+        let winner_socket = extra.get(*winner).unwrap();
+        let mut way = train::Way { socket: winner_socket.as_fd(), to, from: None, ecn: 0 };
+        train::alone(&mut way, b"data").unwrap();
         assert_eq!(sender.recv_from(&mut [0; 16]).unwrap().1.port(), port(&extra, *winner));
     }
 }

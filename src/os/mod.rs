@@ -17,7 +17,7 @@ pub mod mark;
 pub mod netlink;
 pub mod process;
 pub mod router;
-pub mod segments;
+pub mod server_socket;
 pub mod streams;
 pub mod train;
 pub mod tun;

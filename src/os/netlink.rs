@@ -236,6 +236,19 @@ impl Netlink {
         let _ = self.handle.link().set(limit).execute().await;
     }
 
+    /// Packets that the kernel dropped instead of sending them out of an interface; `None` if it is gone or nobody counts.
+    ///
+    /// # Errors
+    /// The kernel's answer could not be read.
+    pub async fn dropped(&self, index: u32) -> io::Result<Option<u64>> {
+        let mut stream = std::pin::pin!(self.handle.link().get().match_index(index).execute());
+        let Some(message) = stream.try_next().await.map_err(other)? else { return Ok(None) };
+        Ok(message.attributes.iter().find_map(|attribute| match attribute {
+            LinkAttribute::Stats64(stats) => Some(stats.tx_dropped),
+            _ => None,
+        }))
+    }
+
     /// An interface by its number; `None` if it is gone.
     ///
     /// # Errors

@@ -247,9 +247,9 @@ impl Tun {
     /// Gives a packet, or a superpacket, to the kernel in one queue: the `pieces` of `memory`, put together.
     ///
     /// # Errors
-    /// The kernel refused it (malformed, or the interface is down).
-    pub fn send(&self, queue: usize, offload: &Offload, memory: &[u8], pieces: Pieces<'_>) -> io::Result<()> {
-        let queue = self.queues.get(queue).ok_or(Errno::EINVAL)?;
+    /// The kernel did not take it; see [`NotTaken`].
+    pub fn send(&self, queue: usize, offload: &Offload, memory: &[u8], pieces: Pieces<'_>) -> Result<(), NotTaken> {
+        let queue = self.queues.get(queue).ok_or(NotTaken(Errno::EINVAL))?;
         let header = offload.encode();
         let mut slices = [IoSlice::new(&[]); 1 + MAX_PACKETS];
         let mut used = 0;
@@ -259,16 +259,34 @@ impl Tun {
         }
         for piece in pieces {
             let (Some(slice), Some(bytes)) = (slices.get_mut(used), memory.get(piece)) else {
-                return Err(Errno::EINVAL.into());
+                return Err(NotTaken(Errno::EINVAL));
             };
             *slice = IoSlice::new(bytes);
             used += 1;
         }
-        loop {
-            match writev(queue, &slices[..used]) {
-                Err(Errno::EINTR) => {}
-                written => return written.map(drop).map_err(io::Error::from),
-            }
+        give(|| writev(queue, &slices[..used]))
+    }
+}
+
+/// The kernel did not take a packet, which is lost: nobody waits, because what comes next is as urgent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the kernel did not take a packet: {0}")]
+pub struct NotTaken(Errno);
+
+impl NotTaken {
+    /// It had no room or no memory, and may soon have. If not: the packet is malformed, or the interface is down.
+    #[must_use]
+    pub const fn is_full(self) -> bool {
+        matches!(self.0, Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM)
+    }
+}
+
+/// Writes until the kernel has said something about it. A packet is taken as a whole or not at all.
+fn give(mut write: impl FnMut() -> nix::Result<usize>) -> Result<(), NotTaken> {
+    loop {
+        match write() {
+            Err(Errno::EINTR) => {}
+            written => return written.map(drop).map_err(NotTaken),
         }
     }
 }
@@ -359,6 +377,29 @@ mod tests {
             TunError::Io(io::Error::other("x")),
         ] {
             assert!(!error.hint().is_empty() && !error.code().is_empty());
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_does_not_take_has_its_reason() {
+        let mut answers = [Err(Errno::EINTR), Err(Errno::EINTR), Ok(9), Err(Errno::EIO)].into_iter();
+        assert_eq!(give(|| answers.next().unwrap()), Ok(()));
+        assert_eq!(answers.len(), 1, "written once");
+        for (errno, full) in [
+            (Errno::EAGAIN, true),
+            (Errno::ENOBUFS, true),
+            (Errno::ENOMEM, true),
+            (Errno::EINVAL, false),
+            (Errno::EIO, false),
+            (Errno::EMSGSIZE, false),
+        ] {
+            let mut asked = 0;
+            let not_taken = give(|| {
+                asked += 1;
+                Err(errno)
+            });
+            assert_eq!(not_taken.map_err(NotTaken::is_full), Err(full), "{errno}");
+            assert_eq!(asked, 1, "{errno}: nobody waits");
         }
     }
 

@@ -4,17 +4,15 @@ use std::io::{self, IoSlice};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6, UdpSocket};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rand::{Rng, RngExt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::engine::io::SocketId;
 use crate::os::extra::ExtraSockets;
 use crate::os::mark::mark;
-use crate::os::train::{self, Receiver};
+use crate::os::train::{self, SendError, Sender, Sent, Trains, Way};
 use crate::time::Now;
 
 /// Ports to draw from when none is asked for: above the well-known, below the usual ephemeral range's end.
@@ -22,15 +20,7 @@ pub const PORTS: Range<u16> = 20_000..60_000;
 /// Ports tried before giving up.
 const PORT_TRIES: usize = 64;
 /// Bytes asked for in each kernel buffer: what one round trip of 10 Gbit/s over 6 ms holds.
-const BUFFER: usize = 7 << 20;
-/// How long one datagram may wait for room in the kernel's send buffer.
-const SEND_PATIENCE_MS: u16 = 5;
-/// A way that refused a train is sent single datagrams for so long: drivers and routes change.
-const REFUSED_FOR: Duration = Duration::from_secs(600);
-/// Ways that are remembered to refuse trains.
-const REFUSALS: usize = 64;
-/// Pieces of memory that one train may be put together from.
-pub const PIECES: usize = train::MAX_DATAGRAMS;
+pub(super) const BUFFER: usize = 7 << 20;
 
 /// Both sockets, and those opened besides. The IPv6 one is missing on a machine without IPv6.
 #[derive(Debug)]
@@ -58,41 +48,6 @@ pub enum BindError {
     /// Anything else.
     #[error("cannot open a UDP socket: {0}")]
     Io(#[from] io::Error),
-}
-
-/// Why one datagram was not sent. None of these ends a socket.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum SendError {
-    /// The kernel's buffer stayed full.
-    #[error("the send buffer is full")]
-    Full,
-    /// Larger than the path or the interface takes.
-    #[error("the datagram is too long for the path")]
-    TooBig,
-    /// No route, address family missing, interface gone: this destination will not work until the network changes.
-    #[error("the destination is unreachable from here")]
-    Unreachable,
-    /// A local firewall rule or an invalid destination.
-    #[error("the system refused the datagram (error {0})")]
-    Refused(i32),
-}
-
-impl SendError {
-    /// What an error of a send means.
-    pub(super) const fn of(errno: Errno) -> Self {
-        match errno {
-            Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM => Self::Full,
-            Errno::EMSGSIZE => Self::TooBig,
-            Errno::ENETUNREACH
-            | Errno::EHOSTUNREACH
-            | Errno::ENETDOWN
-            | Errno::EADDRNOTAVAIL
-            | Errno::EAFNOSUPPORT
-            | Errno::ENODEV
-            | Errno::ENONET => Self::Unreachable,
-            errno => Self::Refused(errno as i32),
-        }
-    }
 }
 
 impl UdpSockets {
@@ -154,6 +109,12 @@ impl UdpSockets {
         }
     }
 
+    /// Datagrams that came while the buffer of a main socket was full.
+    #[must_use]
+    pub fn overflowed(&self) -> u64 {
+        train::overflowed(&self.v4) + self.v6.as_ref().map_or(0, train::overflowed)
+    }
+
     /// The sockets besides the two main ones.
     #[must_use]
     pub const fn extra(&self) -> &ExtraSockets {
@@ -169,7 +130,7 @@ impl UdpSockets {
     }
 
     /// Receives what is there in one call, in the place of what `into` held.
-    pub fn receive(&self, socket: SocketId, into: &mut Receiver) {
+    pub fn receive(&self, socket: SocketId, into: &mut Trains) {
         if self.with(socket, |udp| into.receive(udp)).is_none() {
             into.clear();
         }
@@ -180,34 +141,29 @@ impl UdpSockets {
     /// # Errors
     /// [`SendError`]; the socket stays usable.
     pub fn send(&self, socket: SocketId, remote: &SocketAddr, bytes: &[u8]) -> Result<(), SendError> {
-        self.send_marked(socket, remote, 0, &[IoSlice::new(bytes)], None).map_err(SendError::of)
+        let sent =
+            self.with(socket, |udp| train::alone(&mut Way { socket: udp, to: *remote, from: None, ecn: 0 }, bytes));
+        // One that is missing, or closed meanwhile, reaches nobody.
+        sent.unwrap_or(Err(SendError::Unreachable))
     }
 
-    fn send_marked(
-        &self,
-        socket: SocketId,
-        remote: &SocketAddr,
-        ecn: u8,
-        pieces: &[IoSlice<'_>],
-        size: Option<u16>,
-    ) -> Result<(), Errno> {
-        let send = |udp: BorrowedFd<'_>| {
-            let mut patience = true;
-            loop {
-                match train::send(udp, remote, ecn, pieces, size) {
-                    Err(Errno::EINTR) => {}
-                    Err(Errno::EAGAIN | Errno::ENOBUFS) if patience => {
-                        patience = false;
-                        let mut wait = [PollFd::new(udp, PollFlags::POLLOUT)];
-                        // Whatever it says, the send is tried once more.
-                        let _ = poll(&mut wait, PollTimeout::from(SEND_PATIENCE_MS));
-                    }
-                    done => return done,
-                }
-            }
-        };
-        // One that is missing, or closed meanwhile, reaches nobody.
-        self.with(socket, send).unwrap_or(Err(Errno::EAFNOSUPPORT))
+    /// Sends datagrams; see [`Sender::send`].
+    pub fn send_train(&self, sender: &mut Sender, what: &Outgoing<'_>, now: Now) -> Sent {
+        let Outgoing { socket, remote, ecn, size, pieces } = *what;
+        let sent = self.with(socket, |udp| {
+            sender.send(&mut Way { socket: udp, to: remote, from: None, ecn }, remote, pieces, size, now)
+        });
+        sent.unwrap_or_else(|| {
+            let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
+            let failed = bytes.div_ceil(size.max(1));
+            Sent { failed, error: Some(SendError::Unreachable), ..Sent::default() }
+        })
+    }
+
+    /// What sends the trains of one thread through these sockets.
+    #[must_use]
+    pub fn sender(&self) -> Sender {
+        Sender::new(self.trains)
     }
 
     /// Sends one datagram that dies after `ttl` routers; see [`train::send_dying`].
@@ -216,7 +172,7 @@ impl UdpSockets {
     /// [`SendError`]; the socket stays usable.
     pub fn send_dying(&self, socket: SocketId, remote: &SocketAddr, bytes: &[u8], ttl: u8) -> Result<(), SendError> {
         let sent = self.with(socket, |udp| train::send_dying(udp, remote, bytes, ttl));
-        sent.unwrap_or(Err(Errno::EAFNOSUPPORT)).map_err(SendError::of)
+        sent.unwrap_or(Err(SendError::Unreachable))
     }
 }
 
@@ -231,83 +187,8 @@ pub struct Outgoing<'a> {
     pub ecn: u8,
     /// Bytes of each datagram.
     pub size: usize,
-    /// The datagrams; every piece but the last holds whole ones. More than [`PIECES`] go one by one.
-    pub pieces: &'a [&'a [u8]],
-}
-
-/// What became of the datagrams of an [`Outgoing`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Sent {
-    /// Datagrams that the kernel took.
-    pub sent: usize,
-    /// Datagrams that it did not, and why the last of them.
-    pub failed: usize,
-    /// See `failed`.
-    pub error: Option<SendError>,
-    /// They went as one.
-    pub as_train: bool,
-}
-
-/// Sends trains, and remembers which ways refuse them: some drivers cannot, and some kernels do not know how.
-#[derive(Debug, Default)]
-pub struct Sender {
-    refused: Vec<(SocketAddr, Now)>,
-}
-
-impl Sender {
-    /// Sends; waits a few milliseconds at most for room in the kernel's buffer, once for a train or a datagram.
-    pub fn send(&mut self, sockets: &UdpSockets, what: &Outgoing<'_>, now: Now) -> Sent {
-        let bytes: usize = what.pieces.iter().map(|piece| piece.len()).sum();
-        let count = bytes.div_ceil(what.size.max(1));
-        let mut refused = false;
-        if sockets.trains && count > 1 && what.pieces.len() <= PIECES && self.takes_trains(&what.remote, now) {
-            let mut slices = [IoSlice::new(&[]); PIECES];
-            for (slice, piece) in slices.iter_mut().zip(what.pieces) {
-                *slice = IoSlice::new(piece);
-            }
-            let pieces = &slices[..what.pieces.len()];
-            let size = u16::try_from(what.size).ok();
-            match sockets.send_marked(what.socket, &what.remote, what.ecn, pieces, size) {
-                Ok(()) => return Sent { sent: count, as_train: true, ..Sent::default() },
-                // EIO: the device cannot do it. EINVAL: the kernel cannot, or it is an old one that says so of datagrams
-                // that are too long, which they are one by one as well.
-                Err(errno @ (Errno::EIO | Errno::EINVAL | Errno::EOPNOTSUPP)) => {
-                    tracing::debug!(%errno, "a train was refused, datagrams go one by one");
-                    refused = true;
-                }
-                Err(errno) => return Sent { failed: count, error: Some(SendError::of(errno)), ..Sent::default() },
-            }
-        }
-        let mut result = Sent::default();
-        for datagram in what.pieces.iter().flat_map(|piece| piece.chunks(what.size.max(1))) {
-            match sockets.send_marked(what.socket, &what.remote, what.ecn, &[IoSlice::new(datagram)], None) {
-                Ok(()) => result.sent += 1,
-                Err(errno) => {
-                    result.failed += 1;
-                    result.error = Some(SendError::of(errno));
-                }
-            }
-        }
-        if refused && result.error != Some(SendError::TooBig) {
-            self.refuse(what.remote, now);
-        }
-        result
-    }
-
-    fn takes_trains(&mut self, remote: &SocketAddr, now: Now) -> bool {
-        if self.refused.is_empty() {
-            return true;
-        }
-        self.refused.retain(|(_, at)| now.since(*at) < REFUSED_FOR);
-        !self.refused.iter().any(|(refused, _)| refused == remote)
-    }
-
-    fn refuse(&mut self, remote: SocketAddr, now: Now) {
-        if self.refused.len() == REFUSALS {
-            self.refused.remove(0);
-        }
-        self.refused.push((remote, now));
-    }
+    /// The datagrams; every piece but the last holds whole ones. At most [`train::MAX_DATAGRAMS`] in all go as a train.
+    pub pieces: &'a [IoSlice<'a>],
 }
 
 /// Opens a socket of its own for a NAT check, on any free port; non-blocking.
@@ -336,22 +217,10 @@ fn open(local: SocketAddr) -> io::Result<Socket> {
         socket.set_only_v6(true)?;
     }
     mark(&socket);
-    enlarge_buffers(&socket);
+    train::enlarge_buffers(&socket, BUFFER);
     never_fragment(&socket, local.is_ipv6());
     socket.bind(&local.into())?;
     Ok(socket)
-}
-
-/// A larger buffer survives a longer pause of the data thread. Best effort: the plain option is capped by the system's
-/// limit, the forcing one needs `CAP_NET_ADMIN` in the first user namespace.
-pub(super) fn enlarge_buffers(socket: &impl AsFd) {
-    use nix::sys::socket::{setsockopt, sockopt};
-    if setsockopt(socket, sockopt::RcvBufForce, &BUFFER).is_err() {
-        let _ = setsockopt(socket, sockopt::RcvBuf, &BUFFER);
-    }
-    if setsockopt(socket, sockopt::SndBufForce, &BUFFER).is_err() {
-        let _ = setsockopt(socket, sockopt::SndBuf, &BUFFER);
-    }
 }
 
 /// Datagrams go in one piece or are refused (EMSGSIZE), by the size of the interface alone: what the kernel believes of the
@@ -370,6 +239,8 @@ fn no_such_family(e: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
     use super::*;
 
     fn sockets() -> UdpSockets {
@@ -392,7 +263,7 @@ mod tests {
         for (socket, to) in families {
             a.send(socket, &to, b"hello").unwrap();
             wait_readable(&b, socket);
-            let mut receiver = Receiver::default();
+            let mut receiver = Trains::default();
             b.receive(socket, &mut receiver);
             let got: Vec<_> = receiver.trains().map(|t| (t.datagrams().collect::<Vec<_>>(), t.from)).collect();
             assert_eq!(got, [(vec![&b"hello"[..]], SocketAddr::new(to.ip(), a.port()))]);
@@ -414,20 +285,6 @@ mod tests {
     }
 
     #[test]
-    fn every_error_of_a_send_has_its_meaning() {
-        for errno in [Errno::EAGAIN, Errno::ENOBUFS, Errno::ENOMEM] {
-            assert_eq!(SendError::of(errno), SendError::Full);
-        }
-        assert_eq!(SendError::of(Errno::EMSGSIZE), SendError::TooBig);
-        for errno in [Errno::ENETUNREACH, Errno::EHOSTUNREACH, Errno::ENETDOWN, Errno::EADDRNOTAVAIL, Errno::ENODEV] {
-            assert_eq!(SendError::of(errno), SendError::Unreachable);
-        }
-        for errno in [Errno::EPERM, Errno::EINVAL, Errno::ECONNREFUSED] {
-            assert_eq!(SendError::of(errno), SendError::Refused(errno as i32));
-        }
-    }
-
-    #[test]
     fn datagrams_of_the_largest_size_go_whole_and_longer_ones_are_refused_each_by_itself() {
         let (a, b) = (sockets(), sockets());
         let to = SocketAddr::from((Ipv4Addr::LOCALHOST, b.port()));
@@ -435,10 +292,8 @@ mod tests {
         a.send(SocketId::V4, &to, &bytes[..train::MAX_BYTES]).unwrap();
         assert_eq!(lengths(&b, train::MAX_BYTES), [train::MAX_BYTES]);
         assert_eq!(a.send(SocketId::V4, &to, &bytes), Err(SendError::TooBig));
-        let mut sender = Sender::default();
-        let sent = sender.send(&a, &outgoing(to, bytes.len(), &[&bytes]), Now(1));
+        let sent = a.send_train(&mut a.sender(), &outgoing(to, bytes.len(), &[IoSlice::new(&bytes)]), Now(1));
         assert_eq!((sent.sent, sent.failed, sent.error), (0, 1, Some(SendError::TooBig)));
-        assert!(sender.takes_trains(&to, Now(1)), "that says nothing about trains");
     }
 
     #[test]
@@ -453,12 +308,12 @@ mod tests {
         wait_readable(&a, SocketId::V4);
     }
 
-    fn outgoing<'a>(to: SocketAddr, size: usize, pieces: &'a [&'a [u8]]) -> Outgoing<'a> {
+    fn outgoing<'a>(to: SocketAddr, size: usize, pieces: &'a [IoSlice<'a>]) -> Outgoing<'a> {
         Outgoing { socket: SocketId::V4, remote: to, ecn: 0, size, pieces }
     }
 
     fn lengths(sockets: &UdpSockets, mut bytes: usize) -> Vec<usize> {
-        let (mut receiver, mut lengths) = (Receiver::default(), Vec::new());
+        let (mut receiver, mut lengths) = (Trains::default(), Vec::new());
         while bytes > 0 {
             wait_readable(sockets, SocketId::V4);
             sockets.receive(SocketId::V4, &mut receiver);
@@ -476,41 +331,17 @@ mod tests {
         for trains in [true, false] {
             let [a, b] = [trains, trains].map(|t| UdpSockets::bind(0, None, t, &mut rand::rng()).unwrap());
             let to = SocketAddr::from((Ipv4Addr::LOCALHOST, b.port()));
-            let mut sender = Sender::default();
-            let sent = sender.send(&a, &outgoing(to, 1000, &[&bytes[..3000], &bytes[3000..4100]]), Now(1));
+            let mut sender = a.sender();
+            let pieces = [IoSlice::new(&bytes[..3000]), IoSlice::new(&bytes[3000..4100])];
+            let sent = a.send_train(&mut sender, &outgoing(to, 1000, &pieces), Now(1));
             assert_eq!((sent.sent, sent.failed, sent.error), (5, 0, None));
             assert_eq!(lengths(&b, 4100), [1000, 1000, 1000, 1000, 100]);
-            let sent = sender.send(&a, &outgoing(to, 1000, &[&bytes[..1000]]), Now(1));
-            assert_eq!(sent, Sent { sent: 1, ..Sent::default() });
-            assert_eq!(lengths(&b, 1000), [1000]);
+            let sent = a.send_train(&mut sender, &outgoing(to, 1000, &pieces[1..]), Now(1));
+            assert_eq!((sent.sent, sent.failed, sent.error), (2, 0, None));
+            assert_eq!(lengths(&b, 1100), [1000, 100]);
+            let missing = Outgoing { socket: SocketId(77), ..outgoing(to, 1000, &pieces) };
+            let sent = a.send_train(&mut sender, &missing, Now(1));
+            assert_eq!((sent.sent, sent.failed, sent.error), (0, 5, Some(SendError::Unreachable)));
         }
-    }
-
-    #[test]
-    fn a_refused_train_goes_one_by_one_and_is_not_tried_again_for_a_while() {
-        let (a, b) = (sockets(), sockets());
-        let to = SocketAddr::from((Ipv4Addr::LOCALHOST, b.port()));
-        // More datagrams than a kernel cuts.
-        let bytes = vec![1; 1000];
-        let mut sender = Sender::default();
-        let sent = sender.send(&a, &outgoing(to, 1, &[&bytes]), Now(1));
-        assert_eq!(sent, Sent { sent: 1000, ..Sent::default() });
-        assert_eq!(lengths(&b, 1000), [1; 1000]);
-        let pieces = [&bytes[..]];
-        let two = outgoing(to, 500, &pieces);
-        assert!(!sender.send(&a, &two, Now(2)).as_train, "remembered");
-        let later = Now(1) + REFUSED_FOR;
-        assert!(sender.send(&a, &two, later).as_train, "tried again");
-        let other = SocketAddr::from((Ipv4Addr::LOCALHOST, a.port()));
-        sender.refuse(to, later);
-        assert!(sender.send(&a, &outgoing(other, 500, &[&bytes]), later).as_train, "another way");
-        for n in 0..1000u16 {
-            sender.refuse(SocketAddr::from((Ipv4Addr::LOCALHOST, n)), later);
-        }
-        assert_eq!(sender.refused.len(), REFUSALS);
-        let nowhere = SocketAddr::from((Ipv4Addr::BROADCAST, 9));
-        let sent = sender.send(&a, &outgoing(nowhere, 500, &[&bytes]), later);
-        assert_eq!((sent.sent, sent.failed), (0, 2));
-        assert!(sent.error.is_some());
     }
 }

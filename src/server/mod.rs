@@ -53,7 +53,7 @@ use tokio_rustls::TlsAcceptor;
 use crate::coord::{self, Coordinator};
 use crate::link;
 use crate::os::lock::DirLock;
-use crate::os::segments::SegmentSocket;
+use crate::os::server_socket::ServerSocket;
 use crate::server::coordinator_task::CoordinatorTask;
 use crate::server::listener::App;
 use crate::server::state_dir::{Secrets, StateDir};
@@ -119,7 +119,7 @@ impl Server {
         let tcp = listener::bind(config.listen)?;
         let listen = tcp.local_addr().map_err(|e| state_dir::unusable(dir.path(), &e))?;
         let sockets = stun_socket::bind(&config.stun)?;
-        let stun: Vec<SocketAddr> = sockets.iter().map(SegmentSocket::bound).collect();
+        let stun: Vec<SocketAddr> = sockets.iter().map(ServerSocket::bound).collect();
         let public_url = admin::PublicUrl::decide(config.public_url.as_deref(), listen, config.tls != Tls::Off)?;
         let tls = config.tls.server_config(&dir, &public_url.host)?.map(TlsAcceptor::from);
         dir.keep_public_url(&public_url.url)?;

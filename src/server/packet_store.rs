@@ -6,10 +6,10 @@
 
 use std::ops::Range;
 
-use crate::os::segments::{BATCH, BUFFER, Buffers};
+use crate::os::train::{BATCH, Buffers, ROOM};
 
 /// A leftover at least this long keeps its buffer; a shorter one is moved.
-const WORTH_A_BUFFER: usize = BUFFER / 2;
+const WORTH_A_BUFFER: usize = ROOM / 2;
 
 /// Packets, by handle.
 #[derive(Debug)]
@@ -155,13 +155,13 @@ impl PacketStore {
 
     /// Room for a copy of `len` bytes in the buffer being filled, or in another; held for one packet.
     fn room(&mut self, len: usize) -> Option<(usize, usize)> {
-        if len > BUFFER {
+        if len > ROOM {
             return None;
         }
         if let Some((buffer, used)) = self.filling {
             // Only the filling itself holds it: what was in it is gone.
             let used = if self.holds[buffer] == 1 { 0 } else { used };
-            if used + len <= BUFFER {
+            if used + len <= ROOM {
                 self.filling = Some((buffer, used + len));
                 self.holds[buffer] += 1;
                 return Some((buffer, used));
@@ -228,7 +228,7 @@ mod tests {
         assert_eq!(store.receivable().1.len(), BATCH);
         assert_eq!(&store.get(kept[1]).0[..29], [[0; 28].as_slice(), &[5]].concat());
         kept.into_iter().for_each(|handle| store.release(handle));
-        assert!(store.is_clean() && store.copy(0, &[0; BUFFER + 1]).is_none() && store.copy(0, &[1; BUFFER]).is_some());
+        assert!(store.is_clean() && store.copy(0, &[0; ROOM + 1]).is_none() && store.copy(0, &[1; ROOM]).is_some());
         let mut few = PacketStore::new(BATCH + 2, 1);
         assert!(few.copy(0, b"x").is_some() && few.copy(0, b"y").is_none());
     }
@@ -237,7 +237,7 @@ mod tests {
         /// Whatever comes, waits and goes: bytes stay what they were, and in the end nothing is held.
         #[test]
         fn packets_keep_their_bytes(turns in proptest::collection::vec(
-            (proptest::collection::vec((1usize..BUFFER, any::<bool>()), 0..4), proptest::collection::vec(any::<prop::sample::Index>(), 0..6)), 1..40,
+            (proptest::collection::vec((1usize..ROOM, any::<bool>()), 0..4), proptest::collection::vec(any::<prop::sample::Index>(), 0..6)), 1..40,
         )) {
             let mut store = PacketStore::new(BATCH + 6, 32);
             let mut kept: Vec<(u32, u8, usize)> = Vec::new();

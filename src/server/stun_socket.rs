@@ -5,13 +5,13 @@
 //! Telling all kinds of NAT apart takes two addresses and two ports (RFC 5780 section 3). Sockets bound to every address
 //! offer a second one if the machine has two public IPv4 addresses; a private one could be meaningless to whoever asks.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use nix::ifaddrs::getifaddrs;
 
 use crate::coord::limits::{Grain, Rate, SourceLimiter};
-use crate::os::segments::SegmentSocket;
+use crate::os::server_socket::ServerSocket;
 use crate::server::listener::is_missing_family;
 use crate::time::Now;
 use crate::wire::local::Problem;
@@ -26,14 +26,14 @@ const SOURCES: usize = 16_384;
 ///
 /// # Errors
 /// `stun-listen`.
-pub(super) fn bind(addresses: &[SocketAddr]) -> Result<Vec<SegmentSocket>, Problem> {
+pub(super) fn bind(addresses: &[SocketAddr]) -> Result<Vec<ServerSocket>, Problem> {
     addresses.iter().map(|a| bind_one(*a).map_err(|e| refused(*a, &e))).collect()
 }
 
-fn bind_one(address: SocketAddr) -> io::Result<SegmentSocket> {
-    match SegmentSocket::bind(address) {
+fn bind_one(address: SocketAddr) -> io::Result<ServerSocket> {
+    match ServerSocket::bind(address) {
         Err(e) if is_missing_family(&e) && address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED) => {
-            SegmentSocket::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port()))
+            ServerSocket::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port()))
         }
         result => result,
     }
@@ -61,15 +61,15 @@ pub(super) struct Stun {
 
 impl Stun {
     /// A server on these sockets.
-    pub(super) fn new(sockets: &[SegmentSocket]) -> Self {
-        let bound = sockets.iter().map(SegmentSocket::bound).collect();
+    pub(super) fn new(sockets: &[ServerSocket]) -> Self {
+        let bound = sockets.iter().map(ServerSocket::bound).collect();
         Self { bound, public: public_addresses(), limiter: SourceLimiter::new(RATE, Grain::SITE, SOURCES) }
     }
 
     /// Answers a request that came from `source` to our address `local` on the socket with this index.
     pub(super) fn answer(
         &mut self,
-        sockets: &[SegmentSocket],
+        sockets: &[ServerSocket],
         index: usize,
         request: &[u8],
         source: SocketAddr,
@@ -87,7 +87,7 @@ impl Stun {
         let from = self.bound.iter().position(|bound| has(bound, answer.send_from));
         let Some(socket) = from.and_then(|from| sockets.get(from)) else { return };
         // A full buffer loses an answer, as the network might have.
-        if let Err(e) = socket.send(source, answer.send_from.ip(), &[IoSlice::new(&answer.bytes)], answer.bytes.len()) {
+        if let Err(e) = socket.send(source, answer.send_from.ip(), &answer.bytes) {
             tracing::trace!(error = %e, "STUN answer not sent");
         }
     }
@@ -159,8 +159,8 @@ mod tests {
     #[test]
     fn a_port_in_use_gets_a_sentence_and_a_hint() {
         let at: Vec<SocketAddr> =
-            bind(&["127.0.0.1:0".parse().unwrap()]).unwrap().iter().map(SegmentSocket::bound).collect();
-        let taken = SegmentSocket::bind(at[0]);
+            bind(&["127.0.0.1:0".parse().unwrap()]).unwrap().iter().map(ServerSocket::bound).collect();
+        let taken = ServerSocket::bind(at[0]);
         assert!(taken.is_ok(), "free again");
         let problem = bind(&at).unwrap_err();
         assert_eq!(problem.code, "stun-listen");

@@ -22,7 +22,8 @@ use crate::coord::relay_budget::{Budget, Month, Usage};
 use crate::coord::relay_sched::{self, Full, Item, Pair, Scheduler};
 use crate::coord::relay_table::{Address, Refused, Table, Verdict};
 use crate::os::clock;
-use crate::os::segments::{MAX_RUN, MAX_SEGMENTS, Receiver, Run, SegmentSocket};
+use crate::os::server_socket::ServerSocket;
+use crate::os::train::{MAX_BYTES, MAX_DATAGRAMS, Receiver, Run, Sender};
 use crate::server::packet_store::PacketStore;
 use crate::server::relay_conn::{Command, Inbox, Queue, Relay};
 use crate::server::stun_socket::Stun;
@@ -108,7 +109,7 @@ impl Drop for Stop {
 /// The system gives no thread.
 pub(super) fn start(
     relay: Arc<Relay>,
-    sockets: Vec<SegmentSocket>,
+    sockets: Vec<ServerSocket>,
     limits: RelayLimits,
     earlier: Option<Usage>,
 ) -> io::Result<ForwarderHandle> {
@@ -129,7 +130,7 @@ pub(super) fn start(
 /// Everything the thread owns.
 struct Forwarder {
     relay: Arc<Relay>,
-    sockets: Vec<SegmentSocket>,
+    sockets: Vec<ServerSocket>,
     stun: Stun,
     table: Table,
     /// Of each place of the table, the WebSocket connection.
@@ -137,6 +138,7 @@ struct Forwarder {
     scheduler: Scheduler,
     store: PacketStore,
     receiver: Receiver,
+    sender: Sender,
     runs: Vec<Run>,
     inbox: Inbox,
     budget: Budget,
@@ -150,7 +152,7 @@ struct Forwarder {
 impl Forwarder {
     fn new(
         relay: Arc<Relay>,
-        sockets: Vec<SegmentSocket>,
+        sockets: Vec<ServerSocket>,
         limits: RelayLimits,
         earlier: Option<Usage>,
         wall: UnixSeconds,
@@ -166,6 +168,7 @@ impl Forwarder {
             store: PacketStore::new(BUFFERS, config.items + 1),
             scheduler: Scheduler::new(config),
             receiver: Receiver::default(),
+            sender: Sender::new(true),
             runs: Vec::new(),
             inbox: Inbox::default(),
             budget: Budget::new(limits.monthly, earlier, wall),
@@ -325,7 +328,7 @@ impl Forwarder {
         let Some(socket) = self.sockets.get(index) else { return false };
         let (buffers, free) = self.store.receivable();
         let room = free.len();
-        let received = match socket.recv(&mut self.receiver, buffers, free) {
+        let received = match socket.receive(&mut self.receiver, buffers, free) {
             Ok(received) => received,
             // Nothing there, or an ICMP error for something sent earlier, which this call has taken off.
             Err(e) => {
@@ -349,17 +352,20 @@ impl Forwarder {
     /// Judges the datagrams of a run, and queues those for one receiver together.
     fn take_run(&mut self, index: usize, run: &Run, now: Now) {
         let socket = u16::try_from(index).unwrap_or(u16::MAX);
-        let at = Address { socket, remote: run.from, local: run.local };
-        let longest = (self.scheduler.config().quantum() as usize).max(run.segment);
+        // The sockets are asked to tell; should the kernel not, an answer leaves from where it thinks best.
+        let Some(bound) = self.sockets.get(index).map(ServerSocket::bound) else { return };
+        let local = run.local.unwrap_or(bound.ip());
+        let at = Address { socket, remote: run.from, local };
+        let longest = (self.scheduler.config().quantum() as usize).max(run.size);
         let mut open: Option<(Pair, Range<usize>)> = None;
         let mut start = 0;
         while start < run.len {
-            let end = (start + run.segment).min(run.len);
+            let end = (start + run.size).min(run.len);
             let Some(datagram) = self.store.buffer(run.buffer).get_mut(start..end) else { return };
             let verdict = if datagram.first() == Some(&RELAY_DATAGRAM) {
                 Some(self.table.judge(datagram, at, now))
             } else {
-                self.stun.answer(&self.sockets, index, datagram, run.from, run.local, now);
+                self.stun.answer(&self.sockets, index, datagram, run.from, local, now);
                 None
             };
             let pair = match verdict {
@@ -413,9 +419,9 @@ impl Forwarder {
 
     /// Queues Sends of one pair that lie together in a buffer.
     fn take_sends(&mut self, pair: Pair, run: &Run, range: Range<usize>, now: Now) {
-        let packets = range.len().div_ceil(run.segment);
+        let packets = range.len().div_ceil(run.size);
         if self.budget.take_run(range.len() as u64) {
-            match self.store.keep(run.buffer, range.clone(), run.segment) {
+            match self.store.keep(run.buffer, range.clone(), run.size) {
                 Some(handle) => self.queue(pair, handle, range.len(), packets),
                 None => {
                     self.budget.give_back(range.len() as u64);
@@ -427,7 +433,7 @@ impl Forwarder {
         // The budget is spent, or nearly: packet by packet.
         let mut start = range.start;
         while start < range.end {
-            let one = start..(start + run.segment).min(range.end);
+            let one = start..(start + run.size).min(range.end);
             start = one.end;
             let bytes = one.len() as u64;
             let datagram = self.store.buffer(run.buffer).get(one.clone()).unwrap_or_default();
@@ -480,7 +486,7 @@ impl Forwarder {
 
     fn deliver(&mut self, pair: Pair, train: &Train, now: Now) {
         if let Some(address) = self.table.address(pair.to, now) {
-            self.deliver_udp(pair, train, address);
+            self.deliver_udp(pair, train, address, now);
         } else if let Some(queue) = self.connection(pair.to).cloned() {
             self.deliver_websocket(pair, train, &queue);
         } else {
@@ -491,7 +497,7 @@ impl Forwarder {
         }
     }
 
-    fn deliver_udp(&mut self, pair: Pair, train: &Train, address: Address) {
+    fn deliver_udp(&mut self, pair: Pair, train: &Train, address: Address, now: Now) {
         for handle in train.handles() {
             let (bytes, segment) = self.store.get_mut(*handle);
             for datagram in bytes.chunks_mut(segment) {
@@ -502,22 +508,20 @@ impl Forwarder {
                 }
             }
         }
-        let mut parts = [IoSlice::new(&[]); MAX_SEGMENTS];
+        let mut parts = [IoSlice::new(&[]); MAX_DATAGRAMS];
         for (part, handle) in parts.iter_mut().zip(train.handles()) {
             *part = IoSlice::new(self.store.get(*handle).0);
         }
         let parts = parts.get(..train.handles().len()).unwrap_or_default();
         let Some(socket) = self.sockets.get(usize::from(address.socket)) else { return };
         let counters = &self.relay.counters;
-        match socket.send(address.remote, address.local, parts, train.segment) {
-            Ok(()) => {
-                count(&counters.forwarded_udp, train.packets);
-                count(&counters.forwarded_bytes, train.bytes);
-            }
-            Err(e) => {
-                tracing::trace!(error = %e, "relay datagrams not sent");
-                count(&counters.send_failed, train.packets);
-            }
+        let mut way = socket.way(address.remote, address.local);
+        let result = self.sender.send(&mut way, address.remote, parts, train.segment, now);
+        count(&counters.forwarded_udp, result.sent);
+        count(&counters.forwarded_bytes, train.bytes_of(result.sent));
+        if let Some(e) = result.error {
+            tracing::trace!(error = %e, datagrams = result.failed, "relay datagrams not sent");
+            count(&counters.send_failed, result.failed);
         }
     }
 
@@ -560,7 +564,7 @@ impl Forwarder {
 
 /// Packets of one pair that leave in one system call: all of one length, but for the last.
 struct Train {
-    handles: [u32; MAX_SEGMENTS],
+    handles: [u32; MAX_DATAGRAMS],
     len: usize,
     segment: usize,
     packets: usize,
@@ -569,7 +573,7 @@ struct Train {
 
 impl Train {
     fn new(handle: u32, (bytes, segment): (&[u8], usize)) -> Self {
-        let mut handles = [0; MAX_SEGMENTS];
+        let mut handles = [0; MAX_DATAGRAMS];
         handles[0] = handle;
         Self { handles, len: 1, segment, packets: bytes.len().div_ceil(segment), bytes: bytes.len() }
     }
@@ -581,8 +585,8 @@ impl Train {
         let alike = segment == self.segment || (packets == 1 && bytes.len() < self.segment);
         let fits = alike
             && self.bytes == self.packets * self.segment
-            && self.packets + packets <= MAX_SEGMENTS
-            && self.bytes + bytes.len() <= MAX_RUN;
+            && self.packets + packets <= MAX_DATAGRAMS
+            && self.bytes + bytes.len() <= MAX_BYTES;
         if fits {
             self.handles[self.len] = handle;
             self.len += 1;
@@ -592,15 +596,20 @@ impl Train {
         fits
     }
 
+    /// Bytes of so many of its packets.
+    fn bytes_of(&self, packets: usize) -> usize {
+        (packets * self.segment).min(self.bytes)
+    }
+
     fn handles(&self) -> &[u32] {
         self.handles.get(..self.len).unwrap_or_default()
     }
 }
 
-fn send_alone(sockets: &[SegmentSocket], to: Address, bytes: &[u8]) {
+fn send_alone(sockets: &[ServerSocket], to: Address, bytes: &[u8]) {
     let Some(socket) = sockets.get(usize::from(to.socket)) else { return };
     // Lost, as the network might have lost it; the node asks again.
-    if let Err(e) = socket.send(to.remote, to.local, &[IoSlice::new(bytes)], bytes.len()) {
+    if let Err(e) = socket.send(to.remote, to.local, bytes) {
         tracing::trace!(error = %e, "relay answer not sent");
     }
 }

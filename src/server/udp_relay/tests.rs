@@ -26,7 +26,7 @@ impl Rig {
     fn with(limits: RelayLimits, addresses: &[&str]) -> Self {
         let addresses: Vec<SocketAddr> = addresses.iter().map(|a| a.parse().unwrap()).collect();
         let sockets = stun_socket::bind(&addresses).unwrap();
-        let at = sockets.iter().map(SegmentSocket::bound).collect();
+        let at = sockets.iter().map(ServerSocket::bound).collect();
         let relay = Arc::new(Relay::new().unwrap());
         let handle = start(Arc::clone(&relay), sockets, limits, None).unwrap();
         Self { relay, at, handle }
@@ -311,7 +311,7 @@ fn a_roaming_node_is_followed() {
 fn runs_are_taken_apart_and_put_together() {
     let rig = Rig::new();
     let (mut a, b, c) = (rig.member_here(1), rig.member_here(2), rig.member_here(3));
-    let gso = SegmentSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let gso = ServerSocket::bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let mut bytes = Vec::new();
     for i in 0..44u8 {
         let to = if i % 11 == 10 { &c } else { &b };
@@ -323,7 +323,9 @@ fn runs_are_taken_apart_and_put_together() {
     }
     // The last is shorter.
     bytes.extend(a.sealed(Kind::Send, Name::of(&b.key), &[99; 10]));
-    gso.send(rig.at[0], [127, 0, 0, 1].into(), &[IoSlice::new(&bytes)], HEADER + 1_300).unwrap();
+    let mut way = gso.way(rig.at[0], [127, 0, 0, 1].into());
+    let sent = Sender::new(true).send(&mut way, rig.at[0], &[IoSlice::new(&bytes)], HEADER + 1_300, Now(1));
+    assert_eq!((sent.sent, sent.failed), (45, 0));
     for i in (0..44u8).filter(|i| i % 7 != 6) {
         let to = if i % 11 == 10 { &c } else { &b };
         to.expect_from(&a, &[i; 1_300]);
