@@ -95,6 +95,11 @@ impl Machine {
         Ok(Self { name: name.to_owned(), namespace, keeper })
     }
 
+    /// Where its directories are, as the case sees them.
+    pub fn files(&self) -> PathBuf {
+        Path::new(HOME).join(format!("files-{}", self.name))
+    }
+
     /// `PREFIX sh -euc SCRIPT` as root of this machine.
     fn command(&self, prefix: &[&str], script: &str) -> Command {
         let mut command = Command::new("nsenter");

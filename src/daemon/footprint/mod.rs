@@ -6,6 +6,7 @@
 //! lacks what was. Undoing what is not there is harmless. What hangs on the interface (its addresses, the routes through
 //! it, its own sysctls) goes with the process and is not in the file.
 
+mod crash;
 mod list;
 mod undo;
 
@@ -144,14 +145,16 @@ impl Journal {
         }
         changes.push(change.clone());
         let written = self.write(&changes);
-        if written.is_err() {
-            changes.pop();
+        match written {
+            Ok(()) => crash::step(&self.dir),
+            Err(_) => drop(changes.pop()),
         }
         written
     }
 
     /// Strikes a change out that was undone. A disk that does not take it costs a harmless second undoing later.
     pub fn undone(&self, change: &Change) {
+        crash::step(&self.dir);
         let mut changes = self.changes.lock();
         changes.retain(|known| known != change);
         if let Err(e) = self.write(&changes) {
