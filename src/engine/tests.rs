@@ -376,6 +376,31 @@ fn a_dead_direct_path_is_left_within_a_second_and_found_again() {
 }
 
 #[test]
+fn a_peer_that_comes_back_gets_a_new_session_before_its_silence_is_noticed() {
+    let mut pair = Pair::new();
+    let packet = pair.packet(0, 1);
+    pair.nodes[0].send(&packet, Now::ZERO);
+    pair.run(Now::from_millis(2_000));
+    assert_eq!(pair.path(0), PathKind::Direct);
+    // The same node, restarted: its keys are as before, its sessions are gone.
+    let mut restarted = Pair::new().nodes.remove(1);
+    restarted.wire = Rc::clone(&pair.wire);
+    pair.nodes[1] = restarted;
+    let wg = pair.nodes[1].planner.me().wg;
+    for (online, offline) in [(vec![], vec![wg]), (vec![wg], vec![])] {
+        let presence = ToNode::Presence { full: false, online, offline };
+        let now = pair.now;
+        pair.nodes[0].planner.handle(Input::Control(presence), now);
+        pair.nodes[0].settle(now);
+    }
+    pair.run(pair.now + Duration::from_millis(20));
+    let now = pair.now;
+    pair.nodes[0].send(&packet, now);
+    pair.run(now + Duration::from_millis(5));
+    assert_eq!(pair.nodes[1].tun, vec![packet]);
+}
+
+#[test]
 fn a_packet_from_an_address_that_is_not_the_peers_is_dropped_by_name() {
     let mut pair = Pair::new();
     let packet = pair.packet(0, 1);

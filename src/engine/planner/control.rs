@@ -375,12 +375,20 @@ impl Planner {
                 peer.is_online(false, now);
             }
         }
+        let mut back = Vec::new();
         for (keys, is_online) in [(online, true), (offline, false)] {
             for key in keys {
-                if let Some(peer) = self.by_wg.get(key).copied().and_then(|id| self.peer_mut(id)) {
-                    peer.is_online(is_online, now);
+                let Some(id) = self.by_wg.get(key).copied() else { continue };
+                let Some(peer) = self.peer_mut(id) else { continue };
+                // A full list comes when we were away, not the peer.
+                if is_online && !peer.online && !full {
+                    back.push(id);
                 }
+                peer.is_online(is_online, now);
             }
+        }
+        for id in back {
+            self.came_back(id);
         }
         self.presence_of_routers_changed(full || online.iter().chain(offline).any(|key| self.is_router(key)));
     }

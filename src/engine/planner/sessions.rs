@@ -26,6 +26,8 @@ const GIVE_UP: Duration = Duration::from_secs(90);
 pub(super) const IN_USE: Duration = Duration::from_secs(180);
 /// A command such as ping keeps a peer in use for this long.
 pub(super) const IN_USE_COMMAND: Duration = Duration::from_secs(30);
+/// A peer that was heard so recently has our session.
+const HEARD_NOW: Duration = Duration::from_millis(500);
 /// A peer that sends into a session we lost makes us start a handshake at most this often.
 const REVIVE_GAP: Duration = Duration::from_secs(2);
 
@@ -95,11 +97,26 @@ impl Planner {
 
     /// A peer sends data under a session we do not have: it outlived a restart of ours.
     pub(super) fn lost_session(&mut self, key: &WgKey) {
-        let now = self.now;
-        let Some(id) = self.by_wg.get(key).copied() else { return };
-        if !self.ensure_talk(id) {
-            return;
+        if let Some(id) = self.by_wg.get(key).copied().filter(|id| self.ensure_talk(*id)) {
+            self.revive(id);
         }
+    }
+
+    /// A peer in use was offline and is online again. If it was restarted it has lost our session, and what we send directly
+    /// is dropped there while its answers to probes say that all is well; WireGuard would find out after 15 s.
+    pub(super) fn came_back(&mut self, id: PeerId) {
+        let now = self.now;
+        let Some(peer) = self.peer(id) else { return };
+        let speaks = peer.last_heard().is_some_and(|at| now.since(at) < HEARD_NOW);
+        let in_use = peer.talk.as_deref().is_some_and(|talk| talk.is_wanted(now) && talk.tunnel.is_some());
+        if in_use && !speaks {
+            self.revive(id);
+        }
+    }
+
+    /// Begins a new session in place of one that an end may have lost.
+    fn revive(&mut self, id: PeerId) {
+        let now = self.now;
         let Some(talk) = self.peer_mut(id).and_then(|p| p.talk.as_deref_mut()) else { return };
         if talk.revived.is_none_or(|at| now.since(at) >= REVIVE_GAP) {
             talk.revived = Some(now);
