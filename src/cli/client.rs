@@ -31,8 +31,21 @@ pub(super) fn call(
 /// # Errors
 /// As [`call`]; also if the answer is of another kind.
 pub(super) fn ask<T>(global: &Global, what: Call, pick: impl Fn(Response) -> Option<T>) -> Result<T, CliError> {
+    ask_for(global, what, PATIENCE, pick)
+}
+
+/// The same with so much patience.
+///
+/// # Errors
+/// As [`call`]; also if the answer is of another kind.
+pub(super) fn ask_for<T>(
+    global: &Global,
+    what: Call,
+    patience: Duration,
+    pick: impl Fn(Response) -> Option<T>,
+) -> Result<T, CliError> {
     let mut found = None;
-    call(global, what, PATIENCE, &mut |reply| {
+    call(global, what, patience, &mut |reply| {
         found = pick(reply).or(found.take());
         Ok(())
     })?;

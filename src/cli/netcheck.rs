@@ -5,8 +5,9 @@ use std::fmt::Write as _;
 use crate::cli::error::CliError;
 use crate::cli::output::{BOLD, millis, paint};
 use crate::cli::{Global, client};
+use crate::engine::lifetime::LIMIT;
 use crate::wire::local::{Call, Netcheck, PortMapper, PortMapperProtocol, Punching, Response};
-use crate::wire::nat::PortModel;
+use crate::wire::nat::{PortModel, UdpLifetime};
 
 /// Options of `meshd netcheck`.
 #[derive(Debug, clap::Args)]
@@ -17,12 +18,34 @@ pub struct Args {
     /// Ask this STUN server instead of the coordinator's; may be given several times
     #[arg(long, value_name = "HOST[:PORT]")]
     stun: Vec<String>,
+
+    /// Also find out how long the NAT keeps an idle UDP mapping: takes until it has forgotten one, five minutes at most
+    #[arg(long)]
+    lifetime: bool,
 }
 
 pub(super) fn run(args: &Args, global: &Global) -> Result<(), CliError> {
-    let call = Call::Netcheck { stun: args.stun.clone() };
-    let report = client::ask(global, call, |reply| if let Response::Netcheck(r) = reply { Some(*r) } else { None })?;
-    global.output().show(&report, text)
+    let call = Call::Netcheck { stun: args.stun.clone(), lifetime: args.lifetime };
+    let patience = if args.lifetime { LIMIT + client::PATIENCE } else { client::PATIENCE };
+    let pick = |reply| if let Response::Netcheck(r) = reply { Some(*r) } else { None };
+    let report = client::ask_for(global, call, patience, pick)?;
+    let unknown = args.lifetime && report.udp_lifetime.is_none();
+    global.output().show(&report, |report| {
+        let mut text = text(report);
+        if unknown {
+            text.push_str(
+                " How long an idle mapping is kept is not known: the STUN server does not answer to another port.",
+            );
+        }
+        text
+    })
+}
+
+fn seconds(lifetime: UdpLifetime) -> String {
+    match lifetime {
+        UdpLifetime { at_least_s, less_than_s: Some(less) } => format!("{at_least_s} s idle, less than {less} s"),
+        UdpLifetime { at_least_s, less_than_s: None } => format!("{at_least_s} s idle, or longer"),
+    }
 }
 
 fn text(report: &Netcheck) -> String {
@@ -41,6 +64,9 @@ fn text(report: &Netcheck) -> String {
     let known = |yes: Option<bool>| yes.map_or("unknown", yes_no);
     row("ports", &ports(report.port_model));
     row("hairpin", known(report.hairpin));
+    if let Some(lifetime) = report.udp_lifetime {
+        row("UDP lifetime", &seconds(lifetime));
+    }
     match (report.nat_depth, report.double_nat) {
         (Some(0), _) => row("NATs", "none"),
         (Some(1), _) => row("NATs", "one"),

@@ -312,25 +312,30 @@ impl Api {
                 let reply = self.why(peer).await?;
                 out.write(&Response::Why(Box::new(reply))).await?;
             }
-            Call::Netcheck { stun } => {
+            Call::Netcheck { stun, lifetime } => {
                 let (offered, local) = self.known.get();
                 let servers = if stun.is_empty() { offered } else { netcheck::resolve(&stun).await? };
-                let (mut report, mapper) = tokio::join!(
-                    netcheck::run(servers, local, self.known.punch_sockets, &self.control, &self.relay),
-                    self.port_mapper.survey()
+                let idle = async { if lifetime { Some(netcheck::udp_lifetime(&servers).await) } else { None } };
+                let (mut report, mapper, idle) = tokio::join!(
+                    netcheck::run(servers.clone(), local, self.known.punch_sockets, &self.control, &self.relay),
+                    self.port_mapper.survey(),
+                    idle
                 );
                 // What strangers' servers say is shown, and not acted upon.
-                let input = stun.is_empty().then(|| Input::NetReport(Box::new(report.clone())));
-                let punching = self
+                let mut inputs = Vec::new();
+                if stun.is_empty() {
+                    inputs.push(Input::NetReport(Box::new(report.clone())));
+                    inputs.extend(idle.flatten().map(|found| Input::UdpLifetime(Some(found))));
+                }
+                let (punching, known) = self
                     .planner
                     .with(move |planner, now| {
-                        if let Some(input) = input {
-                            planner.handle(input, now);
-                        }
-                        planner.punching(now)
+                        inputs.into_iter().for_each(|input| planner.handle(input, now));
+                        (planner.punching(now), planner.udp_lifetime())
                     })
                     .await?;
                 report.punching = Some(punching);
+                report.udp_lifetime = idle.unwrap_or(known);
                 report.port_mapping.clone_from(&mapper.protocol);
                 report.port_mapper = Some(mapper);
                 out.write(&Response::Netcheck(Box::new(report))).await?;

@@ -14,9 +14,11 @@ use tokio::time::timeout;
 
 use crate::daemon::control_link::ControlHandle;
 use crate::daemon::relay_thread::RelayHandle;
-use crate::engine::netcheck::{HOPS, LIMIT, Netcheck, SocketSlot, nat_depth};
+use crate::engine::lifetime::{self, LifetimeTest};
+use crate::engine::netcheck::{HOPS, LIMIT, Netcheck, nat_depth};
 use crate::os::{clock, hops, udp};
 use crate::wire::local;
+use crate::wire::nat::UdpLifetime;
 use crate::wire::stun::{self, Change, TransactionId};
 
 /// How long to wait for the links' round trips.
@@ -51,6 +53,36 @@ pub(super) async fn run(
     report.coordinator_rtt_ms = control_rtt.map(millis);
     report.relay_rtt_ms = relay_rtt.map(millis);
     report
+}
+
+/// How long the NAT keeps an idle UDP mapping, asked of the first server with an IPv4 address. Takes at most as long as
+/// [`lifetime::LIMIT`]; None: there is no such server, or it cannot tell.
+pub(super) async fn udp_lifetime(servers: &[SocketAddr]) -> Option<UdpLifetime> {
+    let server = servers.iter().copied().find(SocketAddr::is_ipv4)?;
+    let mut sockets = Sockets::default();
+    let mut machine = LifetimeTest::new(server, rand::random(), clock::now());
+    let deadline = clock::now() + lifetime::LIMIT;
+    let mut buffer = [0; 1500];
+    loop {
+        while let Some((slot, to, bytes)) = machine.poll_transmit() {
+            if let Some((socket, _)) = sockets.get(slot, false) {
+                // An unreachable server is one that does not answer.
+                let _ = socket.send_to(&bytes, to).await;
+            }
+        }
+        let now = clock::now();
+        let Some(at) = machine.poll_timeout().filter(|_| now < deadline) else { return machine.finish() };
+        if at <= now {
+            machine.handle_timeout(now);
+            continue;
+        }
+        tokio::select! {
+            (slot, from, len) = sockets.receive(&mut buffer) => {
+                machine.handle_datagram(slot, from, &buffer[..len], clock::now());
+            }
+            () = tokio::time::sleep(at.since(now)) => {}
+        }
+    }
 }
 
 /// The addresses of STUN servers that a person named.
@@ -112,7 +144,7 @@ async fn check(servers: Vec<SocketAddr>, local: Vec<IpAddr>, punch_sockets: u16)
     let mut buffer = [0; 1500];
     loop {
         while let Some((slot, to, bytes)) = machine.poll_transmit() {
-            if let Some((socket, port)) = sockets.get(slot) {
+            if let Some((socket, port)) = sockets.get(slot, !slot.is_ipv4()) {
                 machine.set_local_port(slot, port);
                 // An unreachable server is one that does not answer.
                 let _ = socket.send_to(&bytes, to).await;
@@ -134,14 +166,19 @@ async fn check(servers: Vec<SocketAddr>, local: Vec<IpAddr>, punch_sockets: u16)
 }
 
 /// The sockets of a check, each opened when it is first needed.
-#[derive(Default)]
-struct Sockets(BTreeMap<SocketSlot, Option<(UdpSocket, u16)>>);
+struct Sockets<S>(BTreeMap<S, Option<(UdpSocket, u16)>>);
 
-impl Sockets {
+impl<S> Default for Sockets<S> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<S: Ord + Copy> Sockets<S> {
     /// The slot's socket and its port; `None`: it cannot be opened, so its questions stay unanswered.
-    fn get(&mut self, slot: SocketSlot) -> Option<(&UdpSocket, u16)> {
+    fn get(&mut self, slot: S, v6: bool) -> Option<(&UdpSocket, u16)> {
         let open = || {
-            let socket = udp::scratch(!slot.is_ipv4()).and_then(UdpSocket::from_std).ok()?;
+            let socket = udp::scratch(v6).and_then(UdpSocket::from_std).ok()?;
             let port = socket.local_addr().ok()?.port();
             Some((socket, port))
         };
@@ -149,7 +186,7 @@ impl Sockets {
     }
 
     /// The next datagram on any of them.
-    async fn receive(&self, buffer: &mut [u8]) -> (SocketSlot, SocketAddr, usize) {
+    async fn receive(&self, buffer: &mut [u8]) -> (S, SocketAddr, usize) {
         poll_fn(|cx| {
             for (slot, socket) in &self.0 {
                 let Some((socket, _)) = socket else { continue };

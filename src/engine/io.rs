@@ -16,6 +16,7 @@ use crate::trust::record::SignedRecord;
 use crate::wire::control::{ToCoordinator, ToNode};
 use crate::wire::keys::{IdentityKey, WgKey};
 use crate::wire::local::{Netcheck, Pong, Problem};
+use crate::wire::nat::UdpLifetime;
 
 /// A peer, as a small number the planner gives out and never reuses in one run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -314,6 +315,8 @@ pub enum Input {
     StunServers(Vec<SocketAddr>),
     /// Result of a full NAT check, run by the shell on a socket of its own.
     NetReport(Box<Netcheck>),
+    /// How long the NAT in front keeps an idle UDP mapping, found out by the shell; None: it is not known any more.
+    UdpLifetime(Option<UdpLifetime>),
     /// Those of the sockets asked for that are open now, each on a fresh port. Answers every [`Output::OpenSockets`]; what
     /// arrives on them is handed in like anything else, with their number in [`Via::Udp`].
     SocketsOpened(Vec<SocketId>),

@@ -19,6 +19,7 @@ pub mod happened;
 mod hold;
 pub mod inbound;
 pub mod io;
+pub mod lifetime;
 pub mod names;
 pub mod netcheck;
 pub mod outbound;

@@ -86,8 +86,9 @@ impl Stun {
         let Some(answer) = stun::answer(request, source, received_on, &layout) else { return };
         let from = self.bound.iter().position(|bound| has(bound, answer.send_from));
         let Some(socket) = from.and_then(|from| sockets.get(from)) else { return };
+        let to = SocketAddr::new(source.ip(), answer.port);
         // A full buffer loses an answer, as the network might have.
-        if let Err(e) = socket.send(source, answer.send_from.ip(), &answer.bytes) {
+        if let Err(e) = socket.send(to, answer.send_from.ip(), &answer.bytes) {
             tracing::trace!(error = %e, "STUN answer not sent");
         }
     }

@@ -27,8 +27,9 @@ pub(super) async fn serve(mut stream: TcpStream, from: SocketAddr, local: Socket
     let layout = ServerLayout { endpoints: vec![local] };
     for _ in 0..REQUESTS {
         let Ok(Some(request)) = timeout(IDLE, read(&mut stream)).await else { return };
-        // Other addresses to ask from are of no use in a connection.
-        let Some(answer) = stun::answer(&request, from, local, &layout) else { return };
+        // Other addresses and ports are of no use in a connection.
+        let answer = stun::answer(&request, from, local, &layout).filter(|answer| answer.port == from.port());
+        let Some(answer) = answer else { return };
         if !matches!(timeout(IDLE, stream.write_all(&answer.bytes)).await, Ok(Ok(()))) {
             return;
         }

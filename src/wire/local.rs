@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::wire::nat::{Mapper, PortModel, Seen};
+use crate::wire::nat::{Mapper, PortModel, Seen, UdpLifetime};
 
 /// The longest line either side reads, in bytes.
 pub const MAX_LINE: usize = 64 << 20;
@@ -59,6 +59,9 @@ pub enum Call {
         /// Ask these STUN servers (`HOST` or `HOST:PORT`) rather than the coordinator's.
         #[serde(default, skip_serializing_if = "Vec::is_empty")]
         stun: Vec<String>,
+        /// Also find out how long an idle UDP mapping is kept: takes up to [`crate::engine::lifetime::LIMIT`].
+        #[serde(default)]
+        lifetime: bool,
     },
     /// Answered by one `token`. Only on an admin node.
     Invite {
@@ -310,6 +313,9 @@ pub struct StatusNat {
     /// Limits of punches, and how much of them is used.
     #[serde(default)]
     pub punching: Option<Punching>,
+    /// How long the NAT keeps an idle UDP mapping, if `meshd netcheck --lifetime` found out since the network last changed.
+    #[serde(default)]
+    pub udp_lifetime: Option<UdpLifetime>,
 }
 
 /// How far punches may go, and how far they went.
@@ -550,6 +556,9 @@ pub struct Netcheck {
     /// What the router in front does for this node's port; null: not known to who examined.
     #[serde(default)]
     pub port_mapper: Option<PortMapper>,
+    /// How long the NAT keeps an idle UDP mapping; null: nobody has found out since the network last changed.
+    #[serde(default)]
+    pub udp_lifetime: Option<UdpLifetime>,
 }
 
 /// What the router in front does for this node's port.

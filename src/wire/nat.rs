@@ -30,6 +30,15 @@ pub enum PortModel {
     Unknown,
 }
 
+/// How long a NAT keeps a UDP mapping that nobody uses, as far as it was found out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UdpLifetime {
+    /// After so many seconds of silence it was still there.
+    pub at_least_s: u16,
+    /// After so many it was gone; null: it outlived the test.
+    pub less_than_s: Option<u16>,
+}
+
 /// Whether the router in front of a node maps a port when it is asked to (PCP, NAT-PMP or UPnP).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -333,6 +333,9 @@ pub struct PeerMessage {
     /// the two has no UDP. At most [`MAX_TCP`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tcp: Vec<SocketAddr>,
+    /// For so many seconds at least the sender's NAT keeps a UDP mapping that nobody uses; absent: not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lifetime: Option<u16>,
     /// The sender's part in a punch with many sockets or ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub punch: Option<Punch>,

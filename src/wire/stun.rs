@@ -36,6 +36,7 @@ pub(crate) mod attribute {
     pub(crate) const MESSAGE_INTEGRITY_SHA256: u16 = 0x001C;
     pub(crate) const XOR_MAPPED_ADDRESS: u16 = 0x0020;
     pub(crate) const PADDING: u16 = 0x0026;
+    pub(crate) const RESPONSE_PORT: u16 = 0x0027;
     pub(crate) const FINGERPRINT: u16 = 0x8028;
 
     /// Must be understood by whoever processes the message (RFC 8489, section 14).
@@ -65,6 +66,16 @@ pub fn binding_request(txid: &TransactionId, change: Change) -> Vec<u8> {
         message = message.with_attribute(change_request(change));
     }
     encode(&message.with_attribute(Fingerprint::default()).build()).unwrap_or_default()
+}
+
+/// A Binding request whose answer is to go to another port at the asker's address (RESPONSE-PORT, RFC 5780 section 7.5), with
+/// FINGERPRINT; 36 bytes.
+#[must_use]
+pub fn request_to_port(txid: &TransactionId, port: u16) -> Vec<u8> {
+    let mut message = Writer::current(kind::BINDING_REQUEST, txid);
+    message.attribute(attribute::RESPONSE_PORT, &port.to_be_bytes());
+    message.fingerprint();
+    message.finish()
 }
 
 /// A server's answer.
@@ -192,6 +203,8 @@ pub struct Answer {
     pub bytes: Vec<u8>,
     /// Which endpoint sends it.
     pub send_from: SocketAddr,
+    /// To which port at the asker's address: the asker's own, if it did not ask for another.
+    pub port: u16,
 }
 
 /// Answers a Binding request that came from `source` to the endpoint `received_on`. None: drop it. Nothing is remembered
@@ -224,7 +237,7 @@ fn answer_current(
     let (message, _) = MessageDecoder::default().decode(request).ok()?;
     let finish = |builder: StunMessageBuilder, send_from| {
         let builder = if has_fingerprint { builder.with_attribute(Fingerprint::default()) } else { builder };
-        encode(&builder.build()).map(|bytes| Answer { bytes, send_from })
+        encode(&builder.build()).map(|bytes| Answer { bytes, send_from, port: source.port() })
     };
     let refuse = |unknown: &[u16]| {
         let code = stun_rs::ErrorCode::new(420, "Unknown Attribute").ok()?;
@@ -262,7 +275,11 @@ fn answer_current(
     if let Some(other) = layout.other(received_on) {
         response = response.with_attribute(OtherAddress::from(other));
     }
-    finish(response, send_from)
+    let port = match find(request, attribute::RESPONSE_PORT) {
+        Some(value) => value.first_chunk::<2>().map(|port| u16::from_be_bytes(*port)).filter(|port| *port != 0)?,
+        None => source.port(),
+    };
+    finish(response, send_from).map(|answer| Answer { port, ..answer })
 }
 
 /// RFC 3489: no magic cookie, a transaction id of 16 bytes, addresses in the clear. Still spoken by Debian's `stun`.
@@ -287,7 +304,7 @@ fn answer_classic(
         let mut message = Writer::new(kind::BINDING_ERROR, &id);
         message.attribute(attribute::ERROR_CODE, b"\0\0\x04\x14Unknown Attribute   ");
         message.attribute(attribute::UNKNOWN_ATTRIBUTES, &list);
-        return Some(Answer { bytes: message.finish(), send_from: received_on });
+        return Some(Answer { bytes: message.finish(), send_from: received_on, port: source.port() });
     }
     let flags = find(request, attribute::CHANGE_REQUEST).and_then(|v| v.first_chunk::<4>()).map_or(0, |v| v[3]);
     let change = Change { ip: flags & 4 != 0, port: flags & 2 != 0 };
@@ -301,7 +318,7 @@ fn answer_classic(
     if let Some(other) = layout.other(received_on) {
         message.address(attribute::CHANGED_ADDRESS, other);
     }
-    Some(Answer { bytes: message.finish(), send_from })
+    Some(Answer { bytes: message.finish(), send_from, port: source.port() })
 }
 
 /// The attributes of a request that the server must understand and does not, at most eight.
@@ -310,6 +327,7 @@ fn not_understood(request: &[u8]) -> Vec<u16> {
         matches!(
             kind,
             attribute::CHANGE_REQUEST
+                | attribute::RESPONSE_PORT
                 | attribute::USERNAME
                 | attribute::MESSAGE_INTEGRITY
                 | attribute::MESSAGE_INTEGRITY_SHA256

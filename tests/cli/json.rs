@@ -13,7 +13,7 @@ use meshd::wire::local::{
     SettingsDocument, Severity, Status, StatusCoordinator, StatusNat, StatusNetwork, StatusPath, StatusPeer,
     StatusSelf, TokenReply, WhyFound, WhySide,
 };
-use meshd::wire::nat::{Mapper, PortModel, Seen};
+use meshd::wire::nat::{Mapper, PortModel, Seen, UdpLifetime};
 
 use crate::snapshot::{assert_snapshot, meshd, transcript};
 
@@ -114,6 +114,7 @@ fn status() -> Status {
                 entries_last_minute: 3,
                 ..Punching::default()
             }),
+            udp_lifetime: None,
         },
         peers: vec![
             peer("nas", 2, true, path(PathKind::Direct, Some("198.51.100.4:38220"), Some(11.8), None)),
@@ -220,6 +221,7 @@ fn netcheck_document() {
         meaning: "Most peers will be reached directly.".to_owned(),
         punching: Some(Punching { probes: 28, probes_per_second_max: 1000, ..Punching::default() }),
         port_mapper: Some(port_mapper(Some("203.0.113.7:50112"))),
+        udp_lifetime: Some(UdpLifetime { at_least_s: 20, less_than_s: Some(35) }),
     };
     check("netcheck", &["netcheck"], &[Response::Netcheck(Box::new(report.clone())), Response::Done]);
     let refused = Netcheck { port_mapper: Some(port_mapper(None)), ..report };

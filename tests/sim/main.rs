@@ -40,6 +40,8 @@ mod hard;
 mod healing;
 mod host;
 mod inner;
+#[cfg(test)]
+mod lifetime;
 mod link;
 mod logs;
 mod matrix;

@@ -13,7 +13,7 @@ use meshd::trust::record::SignedRecord;
 use meshd::wire::control::{StunServer, ToCoordinator, ToNode, refusal};
 use meshd::wire::keys::{ControlKey, NetworkId, WgKey};
 use meshd::wire::relay::{Frame, Frames, encode};
-use meshd::wire::stun::{ServerLayout, answer};
+use meshd::wire::stun::{Answer, ServerLayout, answer};
 
 use crate::town::{SERVER_V4, SERVER_V6, STUN_PORTS};
 
@@ -162,10 +162,10 @@ impl Server {
         }
     }
 
-    /// The answer of the STUN server: from where, and what.
-    pub(crate) fn stun(&self, request: &[u8], from: SocketAddr, to: SocketAddr) -> Option<(SocketAddr, Vec<u8>)> {
+    /// The answer of the STUN server.
+    pub(crate) fn stun(&self, request: &[u8], from: SocketAddr, to: SocketAddr) -> Option<Answer> {
         self.process.as_ref()?;
-        answer(request, from, to, &self.layout).map(|a| (a.send_from, a.bytes))
+        answer(request, from, to, &self.layout)
     }
 
     fn input(&mut self, input: Input, now: Now, wants: &mut Vec<Want>) {

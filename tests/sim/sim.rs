@@ -794,8 +794,8 @@ impl Sim {
 
     fn arrived(&mut self, host: HostId, to: SocketAddr, from: SocketAddr, bytes: &[u8]) {
         if host == self.server_host {
-            if let Some((source, reply)) = self.server.stun(bytes, from, to) {
-                self.world.send_as(host, source, from, reply);
+            if let Some(answer) = self.server.stun(bytes, from, to) {
+                self.world.send_as(host, answer.send_from, SocketAddr::new(from.ip(), answer.port), answer.bytes);
             }
             return;
         }

@@ -40,6 +40,7 @@ impl Netcheck {
             port_mapping: None,
             punching: None,
             port_mapper: None,
+            udp_lifetime: None,
             ipv6,
             coordinator_rtt_ms: None,
             relay_rtt_ms: None,

@@ -52,6 +52,9 @@ const SMALL: Option<u16> = None;
 /// Nothing sent for so long on a direct path: probe, so that the NATs keep their mappings. Linux forgets a flow that
 /// was one-way for long after 30 s (nat.md, finding 7).
 const KEEPALIVE: Duration = Duration::from_secs(15);
+/// Where a NAT forgets sooner than that, after this share of its time, in quarters, and never more often than this.
+const KEEPALIVE_QUARTERS: u32 = 3;
+const KEEPALIVE_LEAST: Duration = Duration::from_secs(3);
 /// An unanswered question puts the path in doubt: data goes both ways.
 const DOUBT_AFTER: Duration = Duration::from_millis(120);
 /// A path in doubt for so long is dead.
@@ -156,6 +159,8 @@ pub(crate) struct PathAgent {
     full_size_lost: bool,
     awake: bool,
     next_review: Now,
+    /// For how many seconds our NAT and the peer's keep an idle mapping, if that is known.
+    lifetimes: [Option<u16>; 2],
     /// How long packets may be on the path in use.
     search: Search,
 }
@@ -251,6 +256,7 @@ impl PathAgent {
             full_size_lost: false,
             awake: false,
             next_review: now,
+            lifetimes: [None, None],
             search: Search::new(BASE, now),
         }
     }

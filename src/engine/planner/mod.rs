@@ -78,7 +78,7 @@ use crate::trust::record::{Member, SignedRecord};
 use crate::wire::classify::{Kind, classify};
 use crate::wire::keys::{IdentityKey, NetworkId, WgKey};
 use crate::wire::local::Netcheck;
-use crate::wire::nat::Mapper;
+use crate::wire::nat::{Mapper, UdpLifetime};
 use crate::wire::peer::name_of;
 use crate::wire::probe::ProbeKeys;
 
@@ -195,6 +195,8 @@ pub struct Planner {
     reflexive: Reflexive,
     report: Option<Box<Netcheck>>,
     nat: NatView,
+    /// How long the NAT keeps an idle mapping, if somebody wanted to know.
+    lifetime: Option<UdpLifetime>,
     /// Peers whose call or answer waits for fresh reflexive addresses, and until when.
     awaiting_stun: BTreeMap<PeerId, Now>,
     next_number: u64,
@@ -280,6 +282,7 @@ impl Planner {
             reflexive: Reflexive::new(),
             report: None,
             nat: NatView::default(),
+            lifetime: None,
             awaiting_stun: BTreeMap::new(),
             next_number: config.first_number,
             politeness: limits::Politeness::new(config.limits, now),
@@ -378,6 +381,7 @@ impl Planner {
             }
             Input::StunServers(servers) => self.stun_servers_changed(&servers),
             Input::NetReport(report) => self.net_report(report),
+            Input::UdpLifetime(lifetime) => self.lifetime_found(lifetime),
             Input::SocketsOpened(sockets) => self.sockets_opened(&sockets),
             Input::TcpReady { port, seen } => self.tcp_ready(port, seen),
             Input::TcpOpened { socket, remote } => self.stream_opened(socket, remote),

@@ -268,6 +268,7 @@ impl Planner {
             primed: (kind == MessageKind::Answer && self.politeness.limits.prime_ttl.is_some()).then_some(true),
             fresh: (kind == MessageKind::Call && fresh).then_some(true),
             tcp,
+            lifetime: self.lifetime.map(|l| l.at_least_s).filter(|_| introduces),
             punch,
         };
         let mut nonce = [0u8; 24];
@@ -356,6 +357,7 @@ impl Planner {
             self.with_agent(id, |agent, _, _| {
                 agent.heard_candidates(&offers, theirs);
                 agent.their_evidence = evidence;
+                agent.their_lifetime(message.lifetime);
                 agent.set_outlook(outlook);
             });
         }

@@ -306,7 +306,8 @@ impl Planner {
         let Some(keys) = self.probe_keys(&wg) else { return false };
         let name = keys.inbound_name();
         let path = self.without_direct_path(id);
-        let agent = PathAgent::new(self.me.wg < wg, now);
+        let mut agent = PathAgent::new(self.me.wg < wg, now);
+        agent.own_lifetime(self.lifetime.map(|l| l.at_least_s));
         if let Some(peer) = self.peer_mut(id) {
             peer.talk = Some(Box::new(Talk::new(keys, agent, path, now)));
         }

@@ -84,6 +84,7 @@ impl Planner {
                 reflexive: self.reflexive.addresses(),
                 port_mapping: self.port_mapping.as_ref().map(|m| m.protocol.clone()),
                 punching: Some(self.punching(now)),
+                udp_lifetime: self.lifetime,
             },
             peers,
             health,

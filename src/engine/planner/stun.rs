@@ -12,7 +12,7 @@ use crate::engine::path::reflexive::{FRESH, Question};
 use crate::engine::planner::{Planner, Why};
 use crate::time::Now;
 use crate::wire::local::Netcheck;
-use crate::wire::nat::Mapper;
+use crate::wire::nat::{Mapper, UdpLifetime};
 use crate::wire::stun::{self, Change};
 
 /// What peers saw counts for so long; a kept one is asked every 15 s.
@@ -49,6 +49,7 @@ impl Planner {
         self.reflexive.forget();
         self.observed.clear();
         self.tcp.distrust();
+        self.lifetime_found(None);
         self.ask_stun();
         let ids: Vec<PeerId> = self.talking().filter(|(_, t)| t.is_wanted(self.now)).map(|(id, _)| id).collect();
         for id in ids {
@@ -67,6 +68,24 @@ impl Planner {
         self.politeness.nat_depth(report.nat_depth);
         self.report = Some(report);
         self.refresh_nat_view();
+    }
+
+    /// Paths are kept alive often enough for it from now on, and peers hear of it with the next call or answer.
+    pub(super) fn lifetime_found(&mut self, lifetime: Option<UdpLifetime>) {
+        if lifetime == self.lifetime {
+            return;
+        }
+        self.lifetime = lifetime;
+        let ids: Vec<PeerId> = self.talking().map(|(id, _)| id).collect();
+        for id in ids {
+            self.with_agent(id, |agent, _, _| agent.own_lifetime(lifetime.map(|l| l.at_least_s)));
+        }
+    }
+
+    /// What was found out of how long the NAT keeps an idle mapping.
+    #[must_use]
+    pub const fn udp_lifetime(&self) -> Option<UdpLifetime> {
+        self.lifetime
     }
 
     pub(super) fn ask_stun(&mut self) {

@@ -43,6 +43,7 @@ fn message() -> PeerMessage {
         primed: None,
         fresh: None,
         tcp: vec!["198.51.100.7:40001".parse().unwrap()],
+        lifetime: Some(20),
         punch: None,
     }
 }
@@ -278,7 +279,8 @@ fn a_message_with_too_much_in_it_is_cut_to_fit() {
     let (a, b) = (keys(1, 2), keys(2, 1));
     let addr = "[2001:db8:1234:5678:9abc:def0:1234:5678]:65535".parse().unwrap();
     let long = Candidate { addr, kind: CandidateKind::Reflexive };
-    let full = PeerMessage { candidates: vec![long; 40], ..message() };
+    let full =
+        PeerMessage { candidates: vec![long; 40], ..PeerMessage { tcp: Vec::new(), lifetime: None, ..message() } };
     let sealed = seal(&a, &full, NONCE);
     assert!(sealed.len() <= MAX_SEALED);
     let kept = open(&b, &sealed).unwrap().candidates.len();

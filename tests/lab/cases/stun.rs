@@ -18,6 +18,7 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("netcheck::classifies_the_kernels_nats", classify),
         case("netcheck::the_kernels_nats_are_the_simulators", calibrate),
+        case("netcheck::finds_how_long_an_idle_mapping_is_kept", lifetime),
         case("netcheck::says_that_udp_is_blocked", udp_blocked),
         case("netcheck::asks_a_server_of_others", third_party),
         case("stun::turnutils_finds_the_nat_behaviour_with_our_server", natdiscovery),
@@ -99,6 +100,26 @@ fn calibrate() -> Result<()> {
         }
     }
     ensure(differ.is_empty(), || differ.join("\n"))
+}
+
+/// A router that forgets after seven seconds.
+fn lifetime() -> Result<()> {
+    let world = World::new()?;
+    let router = world.internet.router("rh", 21, Nat::Home)?;
+    for key in ["nf_conntrack_udp_timeout", "nf_conntrack_udp_timeout_stream"] {
+        if let Err(why) = router.namespace.sysctl(&format!("netfilter/{key}"), "7") {
+            println!("not tried: this user may not change how long the kernel's NAT remembers ({why})");
+            return Ok(());
+        }
+    }
+    let nodes = world.join(&[("home", &router.lan.host("home", 2)?)])?;
+    let report: Netcheck = serde_json::from_str(&nodes[0].run(&["netcheck", "--lifetime", "--json"])?)?;
+    let found = report.udp_lifetime.map(|l| (l.at_least_s, l.less_than_s));
+    ensure(found == Some((5, Some(10))), || format!("{report:?}"))?;
+    let status = nodes[0].status()?;
+    ensure(status.nat.udp_lifetime == report.udp_lifetime, || format!("{:?}", status.nat))?;
+    let text = nodes[0].run(&["netcheck"])?;
+    ensure(text.contains("5 s idle, less than 10 s"), || format!("the text lacks it:\n{text}"))
 }
 
 fn udp_blocked() -> Result<()> {

@@ -33,6 +33,23 @@ impl PathAgent {
         self.next_round.filter(|_| self.awake && self.current.is_none()).map(|at| at.since(now))
     }
 
+    /// For how many seconds our NAT keeps an idle mapping.
+    pub(crate) const fn own_lifetime(&mut self, seconds: Option<u16>) {
+        self.lifetimes[0] = seconds;
+    }
+
+    /// The same of the peer's.
+    pub(crate) const fn their_lifetime(&mut self, seconds: Option<u16>) {
+        self.lifetimes[1] = seconds;
+    }
+
+    /// After so much silence the path in use is probed, so that the NATs keep their mappings.
+    pub(super) fn keepalive(&self) -> Duration {
+        let shortest = self.lifetimes.iter().flatten().min().copied();
+        let wanted = shortest.map(|seconds| Duration::from_secs(seconds.into()) * KEEPALIVE_QUARTERS / 4);
+        wanted.map_or(KEEPALIVE, |wanted| wanted.clamp(KEEPALIVE_LEAST, KEEPALIVE))
+    }
+
     /// Whether a call or an answer waits for fresh candidates of our own.
     pub(crate) const fn waits_for_candidates(&self) -> bool {
         matches!(self.stage, Stage::ToCall | Stage::ToAnswer { .. })
@@ -105,7 +122,7 @@ impl PathAgent {
             Some(doubt) if !doubt.both => (doubt.since + DOUBT_AFTER).min(c.last_probe + DOUBT_PROBE_GAP),
             Some(doubt) => (doubt.since + DEAD_AFTER).min(c.last_probe + DOUBT_PROBE_GAP),
             None => {
-                let keepalive = c.last_probe.max(c.last_pong) + KEEPALIVE;
+                let keepalive = c.last_probe.max(c.last_pong) + self.keepalive();
                 // While data flows, look often enough to leave a dead path within a second.
                 match last_tx {
                     Some(tx) if now.since(tx) < Duration::from_secs(2) => {

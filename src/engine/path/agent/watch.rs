@@ -78,7 +78,8 @@ impl PathAgent {
                 // On a narrow path what is long goes by the relay, and that is no doubt as long as the rest comes directly.
                 let heard_here = stamps.last_rx_direct.is_some_and(|at| now.since(at) < quiet);
                 let peer_doubts = peer_doubts && !(self.search.size() < BASE && heard_here);
-                let keepalive_due = self.awake && now.since(current.last_probe.max(current.last_pong)) >= KEEPALIVE;
+                let keepalive_due =
+                    self.awake && now.since(current.last_probe.max(current.last_pong)) >= self.keepalive();
                 if peer_doubts {
                     self.doubt(true, true, now);
                     cx.actions.push_back(Action::Select(current.leg.both()));
