@@ -633,9 +633,8 @@ fn is_from_an_admin(network: &Network, records: &[SignedRecord], token: &InviteT
     token.terms().is_some() && ledger_of(network.network, records).admit(&token.invite, Judge::Reader).is_ok()
 }
 
-/// The node's own mesh addresses with the networks' prefix lengths, as its records say.
-pub(super) fn own_addresses(membership: &Membership) -> Result<(Vec<IpNet>, String), Problem> {
-    let ledger = ledger_of(membership.network.network, &membership.records);
+/// The node's own mesh addresses with the networks' prefix lengths, and the network's name, as its records say.
+pub(super) fn own_addresses(membership: &Membership, ledger: &Ledger) -> Result<(Vec<IpNet>, String), Problem> {
     let identity = membership.keys.identity_key();
     if ledger.is_revoked(&identity) {
         return Err(problem(

@@ -202,7 +202,7 @@ fn the_founder_keeps_the_root_key_and_resumes_without_a_token() {
     let (office, founder, member) = founded();
     assert_eq!(founder.files(), ["lock", "network.json", "node.json", "records.jsonl", "root.json"]);
     assert_eq!(member.records.len(), 4);
-    let (addresses, network) = own_addresses(&member).unwrap();
+    let (addresses, network) = own_addresses(&member, &ledger_of(member.network.network, &member.records)).unwrap();
     assert_eq!((addresses.len(), network.as_str()), (2, "home"));
     assert_eq!((addresses[0].prefix_len(), addresses[1].prefix_len()), (16, 48));
     let asked = office.0.borrow().requests.len();
@@ -254,7 +254,7 @@ fn a_join_cut_off_in_the_middle_is_resumed_without_the_token() {
     office.0.borrow_mut().fates.clear();
     let member = node.up(None).unwrap();
     assert_eq!(office.0.borrow().ledger.as_ref().unwrap().members().count(), 2);
-    assert!(own_addresses(&member).is_ok());
+    assert!(own_addresses(&member, &ledger_of(member.network.network, &member.records)).is_ok());
     assert!(!node.files().contains(&"join.json".to_owned()));
 }
 
@@ -341,7 +341,7 @@ fn a_taken_address_is_proposed_anew_and_a_taken_exact_name_is_not() {
 fn a_range_in_use_on_this_machine_stops_the_join_before_it_is_redeemed() {
     let (office, _founder, first) = founded();
     let mut node = Node::new(&office);
-    let (addresses, _) = own_addresses(&first).unwrap();
+    let (addresses, _) = own_addresses(&first, &ledger_of(first.network.network, &first.records)).unwrap();
     node.surroundings.routes.push(crate::os::netlink::Route { index: None, prefix: addresses[0].trunc() });
     assert_eq!(node.up(Some(&open_invite(&first))).unwrap_err().code, "range-clash");
     assert_eq!(office.0.borrow().ledger.as_ref().unwrap().members().count(), 1);
@@ -429,7 +429,11 @@ fn a_new_member_judges_the_log_in_its_order_so_that_old_addresses_and_names_are_
     let revoke = founding::revoke_record(&signer, first.network.network, target, WALL);
     office.0.borrow_mut().ledger.as_mut().unwrap().admit(&revoke, Judge::Coordinator(WALL)).unwrap();
     let new = Node::new(&office).up_named(Some(&open_invite(&first)), Some("nas")).unwrap();
-    assert_eq!(own_addresses(&old).unwrap().0[0], own_addresses(&new).unwrap().0[0], "the address is used again");
+    assert_eq!(
+        own_addresses(&old, &ledger_of(old.network.network, &old.records)).unwrap().0[0],
+        own_addresses(&new, &ledger_of(new.network.network, &new.records)).unwrap().0[0],
+        "the address is used again"
+    );
     assert_eq!(new.records, office.0.borrow().ledger.as_ref().unwrap().log());
 }
 

@@ -49,7 +49,7 @@ use crate::engine::drops::Drops;
 use crate::engine::io::{Event, Input, RoutePlan, SocketId};
 use crate::engine::path::mtu::BASE;
 use crate::engine::place::Meetings;
-use crate::engine::planner::{Config, Limits, MOST_SOCKETS, Planner, StartError};
+use crate::engine::planner::{Config, Limits, MOST_SOCKETS, Planner, StartError, judge};
 use crate::link::proxy::Environment;
 use crate::link::{self, Proxies};
 use crate::os::manager::Manager;
@@ -60,6 +60,7 @@ use crate::os::udp::{BindError, UdpSockets};
 use crate::os::wake::Wake;
 use crate::os::{clock, process};
 use crate::trust::keys::{NodeKeys, Secret32};
+use crate::trust::ledger::Ledger;
 use crate::trust::names::label_from_hostname;
 use crate::wire::local::{Problem, SettingsChange, Severity};
 
@@ -174,11 +175,16 @@ impl Node {
             wall: clock::wall(),
         };
         let desks = LinkDesks { proxies: Arc::clone(&proxies) };
-        let membership = join::ensure(&mut store, &wish, &desks, &mut rand::rng()).await?;
+        let mut membership = join::ensure(&mut store, &wish, &desks, &mut rand::rng()).await?;
         keep_settings(&store, options)?;
 
         reporter.stage("setting the interface up");
-        let (addresses, network_name) = join::own_addresses(&membership)?;
+        // Once: a large network has thousands of signatures.
+        let drops = Arc::new(Drops::default());
+        let ledger = judge(membership.network.network, &membership.records, &drops);
+        let (addresses, network_name) = join::own_addresses(&membership, &ledger)?;
+        // The ledger has its own, and what comes next finds room where these were.
+        membership.records = Vec::new();
         let ranges: Vec<IpNet> = addresses.iter().map(IpNet::trunc).collect();
         if let Some(what) = around.clash(&ranges) {
             return Err(range_clash(&ranges, &what));
@@ -198,8 +204,8 @@ impl Node {
         let limits = punch_limits(options, &health);
         let (change, map_port) = (&options.settings, !options.no_port_mapping);
         Self::assemble(
-            store, state, membership, proxies, tun, sockets, limits, netlink, changes, ranges, mesh, journal, health,
-            socket, change, map_port, stopper,
+            store, state, membership, ledger, drops, proxies, tun, sockets, limits, netlink, changes, ranges, mesh,
+            journal, health, socket, change, map_port, stopper,
         )
     }
 
@@ -208,6 +214,8 @@ impl Node {
         store: Store,
         mut state: State,
         membership: Membership,
+        ledger: Ledger,
+        drops: Arc<Drops>,
         proxies: Arc<Proxies>,
         tun: Tun,
         sockets: Arc<UdpSockets>,
@@ -223,9 +231,8 @@ impl Node {
         map_port: bool,
         stopper: &Stopper,
     ) -> Result<Self, Problem> {
-        let Membership { keys, network, records, mut notes } = membership;
+        let Membership { keys, network, records: _, mut notes } = membership;
         notes.extend(store.notes().iter().cloned());
-        let drops = Arc::new(Drops::default());
         let (control_secret, nonce_secret) = (copy_of_control(&keys), copy_of_control(&keys));
         let (me, identity_secret) = (keys.identity_key(), Secret32::new(*keys.identity.expose()));
         let interface = tun.name().to_owned();
@@ -238,7 +245,7 @@ impl Node {
         let config = Config {
             keys,
             network: network.network,
-            records,
+            records: Vec::new(),
             port_v4: Some(port),
             port_v6: sockets.without_v6().is_none().then_some(port),
             last_endpoints: state.endpoints.iter().map(|e| (e.peer, e.address)).collect(),
@@ -249,7 +256,8 @@ impl Node {
             adverts: state.adverts.clone(),
             routes: settings.get().wish(),
         };
-        let mut planner = Planner::new(config, Arc::clone(&drops), clock::now()).map_err(start_problem)?;
+        let mut planner =
+            Planner::with_ledger(config, ledger, Arc::clone(&drops), clock::now()).map_err(start_problem)?;
         settings.change(change, None, &mut planner, clock::now())?;
         let (outbound, inbound) = planner.worker();
         let wake = Wake::new().map_err(|e| thread_problem(&e))?;

@@ -10,10 +10,11 @@ use std::time::Duration;
 use futures_util::{StreamExt, TryStreamExt};
 use ipnet::IpNet;
 use nix::errno::Errno;
-use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_core::{NetlinkMessage, NetlinkPayload};
 use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType};
+use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rtnetlink::{Handle, LinkUnspec, MulticastGroup, RouteMessageBuilder};
 
 use crate::engine::io::LocalAddress;
@@ -30,6 +31,8 @@ const DEBOUNCE: Duration = Duration::from_millis(20);
 const REPORTS_APART: Duration = Duration::from_millis(100);
 /// The kernel's table of its own addresses; those are listed as addresses, not as routes.
 const TABLE_LOCAL: u32 = 255;
+/// meshd's own tables have this number and higher ones.
+pub const OWN_TABLES: u32 = 70_000;
 /// The kernel's usual table of routes.
 const TABLE_MAIN: u32 = 254;
 
@@ -268,6 +271,14 @@ impl Netlink {
     }
 }
 
+/// A route that meshd itself has just made. One of ours that is gone is news: somebody may have swept it away.
+fn is_own_doing(message: &NetlinkMessage<RouteNetlinkMessage>) -> bool {
+    match &message.payload {
+        NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => table_of(route) >= OWN_TABLES,
+        _ => false,
+    }
+}
+
 /// Reports that links, addresses or routes changed: 20 ms after the first change, then every 100 ms while they go on, and always
 /// after the last.
 #[derive(Debug)]
@@ -288,7 +299,10 @@ impl Changes {
         tokio::spawn(connection);
         tokio::spawn(async move {
             let mut told: Option<tokio::time::Instant> = None;
-            while messages.next().await.is_some() {
+            while let Some((message, _)) = messages.next().await {
+                if is_own_doing(&message) {
+                    continue;
+                }
                 // Swallow what follows within the debounce time, then tell once. A full channel holds the news already.
                 let now = tokio::time::Instant::now();
                 let at = told.map_or(now, |told| told + REPORTS_APART).max(now + DEBOUNCE);

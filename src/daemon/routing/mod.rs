@@ -148,10 +148,9 @@ impl Routing {
         if !wanted.routes.is_empty() {
             journal.about_to(&whole)?;
         }
-        for route in wanted.routes.iter().filter(|route| !held.contains(&route.key())) {
-            let adding = netlink.add_route(table, route).await;
-            adding.map_err(|e| refused(format!("the route to {}", route.prefix), &e))?;
-        }
+        let new: Vec<_> = wanted.routes.iter().filter(|route| !held.contains(&route.key())).copied().collect();
+        let added = netlink.add_routes(table, &new).await;
+        added.map_err(|(prefix, e)| refused(format!("the route to {prefix}"), &e))?;
         for rule in &wanted.rules {
             journal.about_to(&Change::Rule(*rule))?;
             netlink.add_rule(rule).await.map_err(|e| refused(rule.to_string(), &e))?;
@@ -169,6 +168,9 @@ impl Routing {
         let keep: BTreeSet<_> = wanted.routes.iter().map(|route| route.key()).collect();
         let gone: BTreeSet<_> = held.difference(&keep).copied().collect();
         netlink.remove_routes(table, &gone).await.map_err(|e| refused("to remove routes".into(), &e))?;
+        if !new.is_empty() || !gone.is_empty() {
+            tracing::info!(added = new.len(), removed = gone.len(), "routes into the tunnel changed");
+        }
         if wanted.routes.is_empty() && journal.changes().contains(&whole) {
             netlink.flush_table(table).await.map_err(|e| refused("to empty a table".into(), &e))?;
             journal.undone(&whole);

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use crate::daemon::apply::Surroundings;
 use crate::engine::place::Overlap;
-use crate::os::netlink::{InterfaceAddress, Rule, TableRoute};
+use crate::os::netlink::{InterfaceAddress, OWN_TABLES, Rule, TableRoute};
 
 /// Marks what meshd itself sends: it never goes into the tunnel.
 use crate::os::mark::MARK;
@@ -17,7 +17,7 @@ const SHORTEST_IPV4: u8 = 8;
 /// The same for IPv6.
 const SHORTEST_IPV6: u8 = 16;
 /// Our table's number is this plus the interface's, so that several nodes on one machine have one each.
-const TABLE_BASE: u32 = 70_000;
+const TABLE_BASE: u32 = OWN_TABLES;
 /// Our rules are asked before the main table's (32766).
 const PRIORITY_BASE: u32 = 27_000;
 /// The kernel's main table.

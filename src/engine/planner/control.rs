@@ -256,6 +256,8 @@ impl Planner {
         if !accepted.is_empty() {
             self.outputs.push_back(Output::Persist(accepted));
         }
+        // Once for all of them: a network may have ten thousand.
+        self.freshen_routes();
         self.control.position = Some((from + records.len() as u64, running));
         if end {
             if let Some(seen) = self.control.comparing.take() {
@@ -295,6 +297,8 @@ impl Planner {
     }
 
     /// Judges one record, whoever sent it, and applies what it changes. True: new and accepted.
+    ///
+    /// Routes are decided anew by the caller, [`Self::freshen_routes`], once for all records that came together.
     pub(super) fn judge(&mut self, record: &SignedRecord) -> Result<bool, Refusal> {
         match self.ledger.admit(record, Judge::Reader)? {
             Change::Known => return Ok(false),
@@ -314,9 +318,9 @@ impl Planner {
                 }
             }
             Change::Founded | Change::AdminAdded(_) | Change::InviteAdded(_) | Change::InviteRevoked(_) => {}
-            Change::RouteGranted(_) | Change::RouteRevoked(_) => self.routes_changed(),
+            Change::RouteGranted(_) | Change::RouteRevoked(_) => self.routes_are_stale(),
             Change::AliasChanged(_) => {
-                self.routes_changed();
+                self.routes_are_stale();
                 self.names_changed();
             }
             Change::NamesChanged => self.names_changed(),

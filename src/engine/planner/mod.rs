@@ -237,19 +237,34 @@ pub struct Planner {
     expelled: bool,
 }
 
+/// Everything in `records` that the chain supports.
+#[must_use]
+pub fn judge(network: NetworkId, records: &[SignedRecord], drops: &Drops) -> Ledger {
+    let mut ledger = Ledger::new(network);
+    for record in records {
+        // A record this version cannot accept was accepted by another one; it stays on disk and counts for nothing here.
+        if ledger.admit(record, Judge::Reader).is_err() {
+            drops.count(Drop::RefusedRecord);
+        }
+    }
+    ledger
+}
+
 impl Planner {
     /// Judges the stored records and queues what the data workers must know.
     ///
     /// # Errors
     /// [`StartError`] if the records do not make this node a live member.
     pub fn new(config: Config, drops: Arc<Drops>, now: Now) -> Result<Self, StartError> {
-        let mut ledger = Ledger::new(config.network);
-        for record in &config.records {
-            // A record this version cannot accept was accepted by another one; it stays on disk and counts for nothing here.
-            if ledger.admit(record, Judge::Reader).is_err() {
-                drops.count(Drop::RefusedRecord);
-            }
-        }
+        let ledger = judge(config.network, &config.records, &drops);
+        Self::with_ledger(config, ledger, drops, now)
+    }
+
+    /// The same with records that were judged already, by [`judge`]; those of `config` are not looked at.
+    ///
+    /// # Errors
+    /// [`StartError`] if the records do not make this node a live member.
+    pub fn with_ledger(config: Config, ledger: Ledger, drops: Arc<Drops>, now: Now) -> Result<Self, StartError> {
         let identity = config.keys.identity_key();
         if ledger.is_revoked(&identity) {
             return Err(StartError::Revoked);

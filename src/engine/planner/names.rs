@@ -31,7 +31,11 @@ const PRIVATE_ENDS: [&str; 9] =
 impl Planner {
     /// Names or what they resolve to have changed.
     pub(super) fn names_changed(&mut self) {
-        self.outputs.push_back(Output::Event(Event::NamesChanged));
+        // Once for all records that come together.
+        let said = matches!(self.outputs.back(), Some(Output::Event(Event::NamesChanged)));
+        if !said {
+            self.outputs.push_back(Output::Event(Event::NamesChanged));
+        }
     }
 
     /// The zone and its version, if that is not `known`. `shadowed`: prefixes that something on this machine goes before.

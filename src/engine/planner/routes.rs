@@ -64,6 +64,8 @@ pub(super) struct RouteBook {
     pub(super) generation: u64,
     /// What the shell was told.
     plan: Option<RoutePlan>,
+    /// Records have come that may change it.
+    stale: bool,
     /// The number of the request that carried our advertisement last.
     said: Option<u64>,
     /// The coordinator does not know advertisements.
@@ -127,6 +129,7 @@ impl RouteBook {
             flows: Arc::default(),
             generation: 0,
             plan: None,
+            stale: false,
             said: None,
             unknown_since: None,
         }
@@ -317,8 +320,20 @@ impl Planner {
 
     // ---- who is asked ----------------------------------------------------------------------------------------------
 
+    /// To be decided anew, when all records that came together are read.
+    pub(super) const fn routes_are_stale(&mut self) {
+        self.routes.stale = true;
+    }
+
+    pub(super) fn freshen_routes(&mut self) {
+        if self.routes.stale {
+            self.routes_changed();
+        }
+    }
+
     /// Decides anew which node is asked for which prefix, and tells workers and shell what changed.
     pub(super) fn routes_changed(&mut self) {
+        self.routes.stale = false;
         let routers = self.routers();
         let mut chosen = BTreeMap::new();
         let mut told: BTreeMap<PeerId, Prefixes> = BTreeMap::new();
@@ -457,7 +472,8 @@ impl Planner {
         // Who is given a prefix is told before the one it is taken from, so that it is never nobody's in between.
         let gains = |id: &PeerId| {
             let before = self.routes.told.get(id).map_or(&[][..], |p| &p.to);
-            told.get(id).is_some_and(|p| p.to.iter().any(|prefix| !before.contains(prefix)))
+            // Both are in order.
+            told.get(id).is_some_and(|p| p.to.iter().any(|prefix| before.binary_search(prefix).is_err()))
         };
         changed.sort_by_cached_key(|id| !gains(id));
         for id in changed {

@@ -34,6 +34,7 @@ impl Planner {
     pub(super) fn admit_from_peer(&mut self, record: &SignedRecord) -> bool {
         match self.judge(record) {
             Ok(true) => {
+                self.freshen_routes();
                 let is_revoke = matches!(record.open(), Ok(Record::Revoke(_)));
                 let one = One { since: self.now, is_revoke, given: false };
                 self.withheld.records.insert(record.id(), one);

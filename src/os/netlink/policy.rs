@@ -5,7 +5,7 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use futures_util::TryStreamExt;
+use futures_util::{StreamExt, TryStreamExt, stream};
 use ipnet::IpNet;
 use nix::errno::Errno;
 use rtnetlink::RouteMessageBuilder;
@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Netlink, named, other, table_of};
 
+/// So many requests are with the kernel before the answer to the first.
+const AT_ONCE: usize = 64;
 /// The kernel's main routing table.
 const MAIN: u32 = 254;
 
@@ -131,12 +133,19 @@ impl Netlink {
         absent_is_fine(self.handle.rule().del(rule.message()).execute().await.map_err(named))
     }
 
-    /// Adds a route to a table, or replaces one to the same prefix.
+    /// Adds routes to a table, or replaces those to the same prefixes. None waits for the answer about the one before.
     ///
     /// # Errors
-    /// The kernel refused it.
-    pub async fn add_route(&self, table: u32, route: &TableRoute) -> io::Result<()> {
-        self.handle.route().add(route.message(table)?).replace().execute().await.map_err(named)
+    /// The kernel refused one: which, and why. Others may have been added.
+    pub async fn add_routes(&self, table: u32, routes: &[TableRoute]) -> Result<(), (IpNet, io::Error)> {
+        let add = |route: &TableRoute| {
+            let (prefix, message, handle) = (route.prefix, route.message(table), self.handle.clone());
+            async move {
+                let message = message.map_err(|e| (prefix, e))?;
+                handle.route().add(message).replace().execute().await.map_err(|e| (prefix, named(e)))
+            }
+        };
+        stream::iter(routes.iter().map(add)).buffer_unordered(AT_ONCE).try_collect().await
     }
 
     /// Removes routes from a table, by what tells them from others; those that are gone are fine.
@@ -147,11 +156,7 @@ impl Netlink {
         if gone.is_empty() {
             return Ok(());
         }
-        let meant = |m: &RouteMessage| table_of(m) == table && key(m).is_some_and(|key| gone.contains(&key));
-        for message in self.dump().await?.into_iter().filter(meant) {
-            absent_is_fine(self.handle.route().del(message).execute().await.map_err(named))?;
-        }
-        Ok(())
+        self.remove_those(|m| table_of(m) == table && key(m).is_some_and(|key| gone.contains(&key))).await
     }
 
     /// Removes every route of a table, in both families.
@@ -159,10 +164,16 @@ impl Netlink {
     /// # Errors
     /// The kernel refused to list or remove one.
     pub async fn flush_table(&self, table: u32) -> io::Result<()> {
-        for message in self.dump().await?.into_iter().filter(|m| table_of(m) == table) {
-            absent_is_fine(self.handle.route().del(message).execute().await.map_err(named))?;
-        }
-        Ok(())
+        self.remove_those(|m| table_of(m) == table).await
+    }
+
+    async fn remove_those(&self, meant: impl Fn(&RouteMessage) -> bool) -> io::Result<()> {
+        let remove = |message| {
+            let handle = self.handle.clone();
+            async move { absent_is_fine(handle.route().del(message).execute().await.map_err(named)) }
+        };
+        let found = self.dump().await?.into_iter().filter(meant);
+        stream::iter(found.map(remove)).buffer_unordered(AT_ONCE).try_collect().await
     }
 
     /// The routes of a table: where to, and whether nowhere.

@@ -15,7 +15,7 @@ pub fn cases() -> Vec<Case> {
 }
 
 /// A number from `/proc/PID/status`.
-fn proc_status(node: &Node, field: &str) -> Result<u64> {
+pub(super) fn proc_status(node: &Node, field: &str) -> Result<u64> {
     let text = fs::read_to_string(format!("/proc/{}/status", node.pid()?))?;
     let line = text.lines().find(|line| line.starts_with(field)).with_context(|| format!("no {field} in {text}"))?;
     let number = line.split_whitespace().nth(1).and_then(|word| word.parse().ok());

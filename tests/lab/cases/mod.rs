@@ -13,6 +13,7 @@ mod healing;
 mod hooks;
 mod interop;
 mod join;
+mod large;
 mod mistakes;
 mod mtu;
 mod names;
@@ -61,6 +62,7 @@ pub fn all() -> Vec<Case> {
     cases.extend(names::cases());
     cases.extend(mistakes::cases());
     cases.extend(cost::cases());
+    cases.extend(large::cases());
     cases.extend(interop::cases());
     cases.extend(demonstration::cases());
     cases

@@ -568,3 +568,28 @@ fn numbers_that_cannot_be_an_alias_are_refused() {
     let (_, six) = desk.planner.alias_word("r1", net("fd77:1::/64"), AliasWish::Auto, NOW).unwrap();
     assert!(six.alias.is_some_and(|alias| net("fd00::/8").contains(&alias) && alias.prefix_len() == 64), "{six:?}");
 }
+
+/// What ten thousand records that come together cost is one decision, not ten thousand.
+#[test]
+fn grants_that_come_together_are_acted_upon_once() {
+    let mut desk = Desk::new(2);
+    let prefixes: Vec<String> = (0..1_000).map(|n| format!("10.{}.{}.0/24", n / 250, n % 250)).collect();
+    let texts: Vec<&str> = prefixes.iter().map(String::as_str).collect();
+    desk.advertise(0, &texts, &[]);
+    desk.advertise(1, &texts, &[]);
+    assert!(desk.plans.iter().all(|plan| plan.accepted.is_empty()), "nothing is allowed yet");
+    desk.plans.clear();
+    desk.updates.clear();
+    let (admin, network) = (desk.f.admin(), desk.f.network);
+    let mut records = Vec::new();
+    for keys in &desk.routers {
+        let who = keys.identity_key();
+        records.extend(texts.iter().map(|prefix| route_grant_record(&admin, network, who, net(prefix), NOW)));
+    }
+    let ledger = desk.planner.ledger();
+    let (from, head) = (ledger.log().len() as u64, records.iter().fold(ledger.head(), log_head));
+    desk.input(Input::Control(ToNode::Log { from, records, head, end: true }));
+    let [plan] = desk.plans.as_slice() else { panic!("the system was told {} times", desk.plans.len()) };
+    assert_eq!(plan.accepted.len(), 1_000);
+    assert_eq!(desk.updates.len(), 2, "each router's peer is told once");
+}
