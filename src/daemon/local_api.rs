@@ -148,83 +148,29 @@ pub(super) struct Api {
     pub(super) proxy: Option<String>,
     /// True once everything is taken down.
     pub(super) gone: watch::Receiver<bool>,
-    /// Names pings and publications.
-    pub(super) tokens: AtomicU64,
-    clients: Arc<Semaphore>,
+    pub(super) callers: Callers,
 }
 
-/// The fields of an [`Api`] that others make.
-pub(super) struct Parts {
-    pub(super) planner: PlannerHandle,
-    pub(super) control: ControlHandle,
-    pub(super) relay: RelayHandle,
-    pub(super) port_mapper: PortMapHandle,
-    pub(super) known: Known,
-    pub(super) health: Health,
-    pub(super) drops: Arc<Drops>,
-    pub(super) counters: Arc<Counters>,
-    pub(super) queues: KernelQueues,
-    pub(super) stopper: Stopper,
-    pub(super) settings: SettingsDesk,
-    pub(super) shadowed: watch::Receiver<BTreeMap<IpNet, Overlap>>,
-    pub(super) interface: String,
-    pub(super) urls: Vec<String>,
-    pub(super) coordinator: ControlKey,
-    pub(super) proxy: Option<String>,
-    pub(super) gone: watch::Receiver<bool>,
+/// Whom the socket serves.
+#[derive(Debug)]
+pub(super) struct Callers {
+    places: Arc<Semaphore>,
+    /// Names pings and publications.
+    tokens: AtomicU64,
+}
+
+impl Default for Callers {
+    fn default() -> Self {
+        Self { places: Arc::new(Semaphore::new(CLIENTS as usize)), tokens: AtomicU64::new(1) }
+    }
 }
 
 impl Api {
-    pub(super) fn new(parts: Parts) -> Arc<Self> {
-        let Parts {
-            planner,
-            control,
-            relay,
-            port_mapper,
-            known,
-            health,
-            drops,
-            counters,
-            queues,
-            stopper,
-            settings,
-            shadowed,
-            interface,
-            urls,
-            coordinator,
-            proxy,
-            gone,
-        } = parts;
-        let clients = Arc::new(Semaphore::new(CLIENTS as usize));
-        let tokens = AtomicU64::new(1);
-        Arc::new(Self {
-            planner,
-            control,
-            relay,
-            port_mapper,
-            known,
-            health,
-            drops,
-            counters,
-            queues,
-            stopper,
-            settings,
-            shadowed,
-            interface,
-            urls,
-            coordinator,
-            proxy,
-            gone,
-            tokens,
-            clients,
-        })
-    }
-
     /// Answers callers until the task is aborted; the socket's file goes with it.
     pub(super) async fn serve(self: Arc<Self>, socket: Socket) {
         loop {
             // Above the limit callers wait in the kernel's queue.
-            let Ok(permit) = Arc::clone(&self.clients).acquire_owned().await else { return };
+            let Ok(permit) = Arc::clone(&self.callers.places).acquire_owned().await else { return };
             match socket.listener.accept().await {
                 Ok((stream, _)) => {
                     let api = Arc::clone(&self);
@@ -246,7 +192,7 @@ impl Api {
     /// Waits until no caller is being answered, at most `patience`.
     pub(super) async fn idle(&self, patience: Duration) {
         // Out of patience: whoever is left finds a closed connection.
-        let _ = timeout(patience, self.clients.acquire_many(CLIENTS)).await;
+        let _ = timeout(patience, self.callers.places.acquire_many(CLIENTS)).await;
     }
 
     /// The status document.
@@ -439,7 +385,7 @@ impl Api {
             seq += 1;
             let patience =
                 if call.until_direct { limit.saturating_sub(begin.elapsed()).min(DIRECT_PING) } else { limit };
-            let token = self.tokens.fetch_add(1, Ordering::Relaxed);
+            let token = self.callers.tokens.fetch_add(1, Ordering::Relaxed);
             let timeout_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX).max(1);
             let command = Command::Ping { token, seq, peer, timeout_ms };
             let sent = Instant::now();
@@ -470,7 +416,7 @@ impl Api {
     /// Has a path looked for if there is none, waits until that is over, and says what came of it.
     async fn why(&self, wanted: String) -> Result<PeerWhy, Problem> {
         let peer = self.planner.with(move |planner, _| planner.find_peer(&wanted)).await??;
-        let token = self.tokens.fetch_add(1, Ordering::Relaxed);
+        let token = self.callers.tokens.fetch_add(1, Ordering::Relaxed);
         let timeout_ms = u64::try_from(WHY_PATIENCE.as_millis()).unwrap_or(u64::MAX);
         let command = Command::Ping { token, seq: 1, peer, timeout_ms };
         self.planner.with(move |planner, now| planner.handle(Input::Command(command), now)).await?;
@@ -614,7 +560,7 @@ impl Api {
         let deadline = Instant::now() + PUBLISH_PATIENCE;
         let left = || deadline.saturating_duration_since(Instant::now());
         loop {
-            let token = self.tokens.fetch_add(1, Ordering::Relaxed);
+            let token = self.callers.tokens.fetch_add(1, Ordering::Relaxed);
             let command = Command::Publish { token, records: records.clone() };
             self.planner
                 .with(move |planner: &mut Planner, now: Now| planner.handle(Input::Command(command), now))

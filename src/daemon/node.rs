@@ -29,7 +29,7 @@ use crate::daemon::hooks;
 use crate::daemon::join::{self, Membership, Wish};
 use crate::daemon::kernel_queues::KernelQueues;
 use crate::daemon::links::{Bells, Coordinator};
-use crate::daemon::local_api::{Api, Parts, Socket};
+use crate::daemon::local_api::{Api, Callers, Socket};
 use crate::daemon::names;
 use crate::daemon::outbox::{Notices, Outbox};
 use crate::daemon::planner_task::{self, ToStore, Wiring};
@@ -468,7 +468,7 @@ impl Node {
         let (port_mapper, port_task) = start_port_mapping(map_port, port, nonce_secret, own, &handle.inputs);
         let trials = settings.clone().watch_trials(handle.clone());
         let (gone, gone_watch) = watch::channel(false);
-        let api = Api::new(Parts {
+        let api = Arc::new(Api {
             planner: handle,
             control,
             relay,
@@ -486,6 +486,7 @@ impl Node {
             coordinator: network.coordinator,
             proxy,
             gone: gone_watch,
+            callers: Callers::default(),
         });
         let hooks = hooks::run(hooks::Wiring {
             api: Arc::clone(&api),
