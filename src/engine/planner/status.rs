@@ -180,6 +180,16 @@ impl Planner {
         self.peer(id).and_then(|p| self.ledger.member(&p.identity))
     }
 
+    /// Whether a peer is online: the coordinator says so, or it was heard itself since the coordinator said otherwise.
+    pub(super) fn is_online(&self, peer: &Peer, now: Now) -> bool {
+        let connected = self.control.connected;
+        let stamps = peer.stamps();
+        // A coordinator that is away says nothing: what was heard before counts too.
+        let gone = peer.gone_since.filter(|_| connected);
+        let heard = stamps.last_rx_direct.max(stamps.last_rx_relay).filter(|at| gone.is_none_or(|gone| *at > gone));
+        (connected && peer.online) || heard.is_some_and(|at| now.since(at) < HEARD_LATELY)
+    }
+
     fn status_peer(&self, peer: &Peer, coordinator: &str, now: Now) -> Option<StatusPeer> {
         let member = self.ledger.member(&peer.identity)?;
         let talk = peer.talk.as_deref();
@@ -188,7 +198,7 @@ impl Planner {
             id: member.identity.node_id().to_string(),
             addresses: addresses(member),
             routes: self.routes_of(&peer.identity),
-            online: (peer.online && self.control.connected) || heard_lately(peer, now),
+            online: self.is_online(peer, now),
             path: self.status_path(peer, &member.name, coordinator, now),
             rx_bytes: peer.traffic.rx_bytes.load(Ordering::Relaxed),
             tx_bytes: peer.traffic.tx_bytes.load(Ordering::Relaxed),
@@ -369,12 +379,6 @@ impl Planner {
         }
         out
     }
-}
-
-pub(super) fn heard_lately(peer: &Peer, now: Now) -> bool {
-    let stamps = peer.stamps();
-    let heard = stamps.last_rx_direct.max(stamps.last_rx_relay);
-    heard.is_some_and(|at| now.since(at) < HEARD_LATELY)
 }
 
 fn addresses(member: &Member) -> Vec<IpAddr> {

@@ -6,7 +6,6 @@ use crate::engine::path::reason::{Attempt, Evidence, How};
 use crate::engine::path::why::{Facts, Side, Way};
 use crate::engine::peer::Talk;
 use crate::engine::planner::Planner;
-use crate::engine::planner::status::heard_lately;
 use crate::time::Now;
 use crate::wire::local::{PeerWhy, WhyFound, WhySide};
 
@@ -78,7 +77,7 @@ impl Planner {
             here: Side { nat: self.nat.clone(), evidence },
             there: told.map(|a| Side { nat: a.theirs.clone(), evidence: a.their_evidence }),
             coordinator: self.control.connected,
-            online: (peer.online && self.control.connected) || heard_lately(peer, now),
+            online: self.is_online(peer, now),
             // One that came and went between two words of the coordinator was heard of itself, perhaps.
             offline_for: peer.gone_since.or_else(|| peer.last_heard()).map(|at| now.since(at)),
             handshake_for: talk.and_then(|t| t.handshake).map(|h| now.since(h.began)),
