@@ -83,7 +83,7 @@ fn udp_blocked() -> Result<()> {
     let (lab, ra, _) = two_homes(Nat::Home, Nat::Home, Duration::from_millis(20))?;
     block_udp(&ra.namespace)?;
     // Nor does TCP to anybody but the coordinator.
-    ra.namespace.nft("table inet tcp {\n chain f {\n type filter hook forward priority -10\n iifname \"lan\" meta l4proto tcp ip daddr != 203.0.113.10 drop\n oifname \"lan\" tcp flags & (syn | ack) == syn drop\n }\n}\n")?;
+    ra.namespace.nft("table inet shut {\n chain f {\n type filter hook forward priority -10\n iifname \"lan\" meta l4proto tcp ip daddr != 203.0.113.10 drop\n oifname \"lan\" tcp flags & (syn | ack) == syn drop\n }\n}\n")?;
     let nodes = lab.join()?;
     will_say(
         &nodes[0],
