@@ -102,14 +102,17 @@ impl Planner {
         }
     }
 
-    /// A peer in use was offline and is online again. If it was restarted it has lost our session, and what we send directly
-    /// is dropped there while its answers to probes say that all is well; WireGuard would find out after 15 s.
+    /// A peer in use was offline and is online again: it is called at once. If it was restarted it has also lost our session, and
+    /// what we send directly is dropped there while its answers to probes say that all is well; WireGuard would find out after 15 s.
     pub(super) fn came_back(&mut self, id: PeerId) {
         let now = self.now;
         let Some(peer) = self.peer(id) else { return };
+        let Some(talk) = peer.talk.as_deref().filter(|talk| talk.is_wanted(now)) else { return };
         let speaks = peer.last_heard().is_some_and(|at| now.since(at) < HEARD_NOW);
-        let in_use = peer.talk.as_deref().is_some_and(|talk| talk.is_wanted(now) && talk.tunnel.is_some());
-        if in_use && !speaks {
+        let may_have_lost_it = talk.tunnel.is_some() && !speaks;
+        self.with_agent(id, |agent, _, cx| agent.peer_came(cx));
+        self.advance_path(id);
+        if may_have_lost_it {
             self.revive(id);
         }
     }

@@ -169,6 +169,17 @@ impl PathAgent {
         }
     }
 
+    /// The peer was away and is back: what it did not hear is said again, now.
+    pub(crate) fn peer_came<R: Rng>(&mut self, cx: &mut Context<'_, R>) {
+        if !self.awake {
+            return;
+        }
+        self.failures = 0;
+        self.next_round = None;
+        self.relay_came(cx);
+        self.wake(cx.now);
+    }
+
     /// The peer answered our call. `opened`: its NAT lets our first probe in, so there is nothing to wait for. `role`: our
     /// part in a heavy punch, told to the peer. Returns whether the answer was to our latest call.
     pub(crate) fn heard_answer<R: Rng>(
