@@ -56,7 +56,7 @@ pub enum Message {
     Question {
         /// Its nonce.
         nonce: Nonce,
-        /// See [`Message::is_for`].
+        /// See [`is_for`].
         tag: [u8; 32],
     },
     /// An answer.
